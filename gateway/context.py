@@ -1,0 +1,33 @@
+"""What every handler of the gateway can reach: made once by the composition root, closed by it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+if TYPE_CHECKING:
+    from auth.tokens import Tokens
+    from gateway.realtime.feed import Feed
+    from gateway.realtime.history import History
+    from gateway.realtime.hub import Hub
+    from gateway.settings import GatewaySettings
+    from orchestrator.database import Pool
+    from orchestrator.eventlog.contract import EventLog
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The gateway's parts, for its handlers."""
+
+    settings: GatewaySettings
+    pool: Pool
+    tokens: Tokens
+    log: EventLog
+    history: History
+    hub: Hub
+    feed: Feed
+
+
+CONTEXT = web.AppKey("context", Context)

@@ -1,0 +1,1 @@
+"""The real-time path: event log -> feed -> history and hub -> connections."""

@@ -1,0 +1,9 @@
+DROP TABLE audit_log;
+DROP TABLE projects;
+DROP TABLE workspace_members;
+DROP TYPE workspace_role;
+DROP TABLE workspaces;
+DROP TABLE spent_short_tokens;
+DROP TABLE api_tokens;
+DROP TABLE refresh_tokens;
+DROP TABLE users;

@@ -1,0 +1,1 @@
+"""What runs where, and the way there: sessions, providers, the event log."""

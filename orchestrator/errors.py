@@ -1,0 +1,76 @@
+"""The errors of the domain, in one tree. The gateway turns each into a problem document, the admin commands into a line.
+
+    ClusterCodeError
+    ├── SettingsError            a setting is missing or wrong; the process exits with 2
+    ├── SchemaOutdated           the database lacks migrations; the process exits with 2
+    ├── NotFound                 no such object, or the caller may not see it              404
+    ├── Conflict                 the object is in a state that forbids the request         409
+    ├── Invalid                  well-formed, but wrong in a way that only the domain knows  422
+    └── Unavailable              something outside does not answer; try again later         503
+        ├── LogUnavailable       the event log
+        └── ProviderUnavailable  the place where sessions run
+    ProviderFailure              the provider did answer: this session cannot run, and why
+
+Errors of identity live beside it, in `auth.errors`. Every message is a sentence for the person who will read it: what
+was wrong, where, and what to do. None ever holds a secret.
+"""
+
+from __future__ import annotations
+
+
+class ClusterCodeError(Exception):
+    """The base of all the errors that we raise on purpose."""
+
+
+class SettingsError(ClusterCodeError):
+    """A setting is missing or wrong."""
+
+
+class SchemaOutdated(ClusterCodeError):
+    """The database lacks migrations that this version of the code needs."""
+
+
+class NotFound(ClusterCodeError):
+    """No such object, or one that the caller may not see: the two are told alike on purpose."""
+
+
+class Conflict(ClusterCodeError):
+    """The object is in a state that forbids the request.
+
+    `retry_after` (seconds) is set where waiting helps.
+    """
+
+    def __init__(self, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Invalid(ClusterCodeError):
+    """A value that only the domain can tell to be wrong. `field` names it as the client does."""
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class Unavailable(ClusterCodeError):
+    """Something outside does not answer; the same request may succeed later."""
+
+
+class LogUnavailable(Unavailable):
+    """The event log does not take or give events now."""
+
+
+class ProviderUnavailable(Unavailable):
+    """The provider cannot be reached: says nothing about any session, whose last known status stands, marked stale."""
+
+
+class ProviderFailure(ClusterCodeError):
+    """The provider answered that this session cannot run.
+
+    `reason` is a CamelCase word for programs (`CloneFailed`, `ImagePull`, `CrashLoop`); the message is for the user.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

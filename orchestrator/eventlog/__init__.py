@@ -1,0 +1,1 @@
+"""The one ordered log of events: its contract, its implementations, and the outbox that feeds it."""

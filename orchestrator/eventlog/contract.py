@@ -1,0 +1,72 @@
+"""What an event log promises, whichever it is. `tests/integration/eventlog_contract.py` holds each to it.
+
+- **Order.** Offsets grow, with gaps; every reader sees the same entries with the same offsets in the same order.
+- **Durability.** When `publish` returns, the events are in the log. When it raises, each may or may not be: the caller
+  publishes them again with the same ids, and readers drop the repeats.
+- **Epoch.** Names one incarnation of the log. Offsets of two epochs have nothing to do with each other.
+- **Reading never loses.** A reader that falls behind what the log keeps is told so (`Truncated`), never skipped ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from orchestrator.events import Event
+
+
+class Truncated(Exception):
+    """The entries after the offset asked for are no longer all there; `first` is the oldest offset that is."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__(f"the log begins at offset {first}")
+        self.first = first
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One event as the log keeps it. `body` is the envelope's JSON, without `offset`."""
+
+    offset: int
+    event_id: str
+    event_type: str
+    channel: str
+    body: bytes
+
+
+class EventLog(Protocol):
+    """One ordered log of events. All methods may be called from several tasks at once."""
+
+    @property
+    def epoch(self) -> str:
+        """The incarnation, 1-32 characters of [a-z0-9]. Known once the log is open."""
+        ...
+
+    @property
+    def head(self) -> int:
+        """The offset of the newest entry; 0 when there never was one. The first entry's offset is at least 1."""
+        ...
+
+    async def publish(self, events: Sequence[Event]) -> None:
+        """Append, in order, and return once that is durable.
+
+        Raises LogUnavailable. Cancelling leaves open whether the events were appended.
+        """
+        ...
+
+    def read(self, after: int) -> AsyncIterator[Sequence[Entry]]:
+        """Every entry with an offset greater than `after`, in batches as they come, without end.
+
+        Raises Truncated when some of them are gone, LogUnavailable when the log can no longer be read; `aclose` the
+        iterator to stop.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Return when the log answers; raise LogUnavailable, with the reason, when it does not."""
+        ...
+
+    async def close(self) -> None:
+        """End all readers and give everything back. Idempotent."""
+        ...

@@ -1,0 +1,1 @@
+"""The places where sessions run: one contract, one module a kind."""

@@ -1,0 +1,144 @@
+"""What a provider promises, whichever it is: a place where sessions run.
+
+Every call is idempotent: starting what runs and deleting what is gone succeed. Every call has a deadline of its own.
+An outage raises ProviderUnavailable and says nothing about any session; an answer that this session cannot run raises
+ProviderFailure with a classified reason. Cancelling a call leaves a state that the next call can go on from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A size, as it was when the session was made: resources, what runs on it, and the provider's own options."""
+
+    name: str
+    # Cores; None: no limit.
+    cpu: float | None = None
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    # By service name (`preview`, `chat`, `vscode`), each as its provider defines it.
+    services: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRef:
+    """Enough to find a session at its provider again, whatever is left of it."""
+
+    session_id: int
+    namespace: str
+    container_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSpec:
+    """All that a start needs."""
+
+    ref: SessionRef
+    project_uuid: UUID
+    repo_url: str | None
+    branch: str | None
+    # The project's environment. Never logged.
+    env: Mapping[str, str]
+    machine: Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where one service is reached: the whole URL, and the path on its host."""
+
+    url: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where a running session is reached."""
+
+    ip_address: str | None = None
+    preview: Endpoint | None = None
+    chat: Endpoint | None = None
+    vscode: Endpoint | None = None
+
+
+class State(StrEnum):
+    """What a provider sees of a session."""
+
+    ABSENT = "absent"  # Nothing is left of it.
+    STOPPED = "stopped"  # Its files are there, nothing runs.
+    STARTING = "starting"
+    RUNNING = "running"
+    FAILED = "failed"  # It will not come up by itself; reason and message say why.
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a provider sees of a session, and why. `endpoints` is set when it runs."""
+
+    state: State
+    reason: str = ""
+    message: str = ""
+    endpoints: Endpoints | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One line of output of one service of a session, without its line end."""
+
+    session_id: int
+    service: str
+    # "stdout", "stderr", or "system" for what the provider itself has to say.
+    stream: str
+    line: str
+
+
+# Progress of a start: `(reason, message)`, such as ("Cloning", "Cloning https://… (branch main)").
+Report = Callable[[str, str], Awaitable[None]]
+# Takes a line and returns at once; what cannot be kept is dropped and counted.
+LogSink = Callable[[LogLine], None]
+
+
+class Provider(Protocol):
+    """A place where sessions run."""
+
+    async def check(self) -> None:
+        """Return when the provider can be used; raise ProviderUnavailable, saying why and what to do, when not."""
+        ...
+
+    async def start(self, spec: SessionSpec, report: Report) -> Endpoints:
+        """Make the session run and be ready; returns where it is reached.
+
+        A session that already runs from the same spec is left alone. Raises ProviderFailure, ProviderUnavailable.
+        """
+        ...
+
+    async def stop(self, ref: SessionRef) -> None:
+        """End what runs and keep the files."""
+        ...
+
+    async def delete(self, ref: SessionRef) -> None:
+        """End what runs and remove everything; returns when it is gone."""
+        ...
+
+    async def inspect(self, ref: SessionRef) -> Observation:
+        """What is there now."""
+        ...
+
+    async def exec(self, ref: SessionRef, argv: Sequence[str]) -> tuple[int, bytes]:
+        """Run a command in the session; its exit code, and its output (at most 1 MiB)."""
+        ...
+
+    def watch(self) -> AsyncIterator[tuple[SessionRef, Observation]]:
+        """Changes that happen by themselves (a crash, a recovery), as they happen, without end."""
+        ...
+
+    async def close(self) -> None:
+        """Give everything back. A provider whose sessions live in this process ends them."""
+        ...

@@ -1,0 +1,157 @@
+"""Settings: frozen dataclasses that say, under each field, where its value comes from and what it means.
+
+A field made by `variable` is read from the environment (and `.env`) by `load`; the same declaration feeds the table in
+the documentation and `.env.example`, so the three cannot drift apart (`tests/unit/test_settings.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from environs import Env, EnvError
+
+from orchestrator.errors import SettingsError
+
+_REQUIRED = dataclasses.MISSING
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """How one setting is read: its name in the environment, the environs parser (`int`, `list`, …), and its meaning."""
+
+    name: str
+    parse: str
+    help: str
+    secret: bool
+    check: Callable[[Any], str | None] | None
+
+
+def variable(
+    name: str,
+    parse: str,
+    default: Any = _REQUIRED,
+    *,
+    help: str,  # noqa: A002  It is what the reader of a declaration looks for.
+    secret: bool = False,
+    check: Callable[[Any], str | None] | None = None,
+) -> Any:
+    """Declare a setting. `check` returns what is wrong with a value ("must be positive"), or None."""
+    metadata = {"variable": Variable(name, parse, help, secret, check)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def variables(settings: type) -> Iterator[tuple[Variable, Any]]:
+    """Each declared variable of a settings class with its default (`dataclasses.MISSING`: required), in order."""
+    for declared in dataclasses.fields(settings):
+        if "variable" in declared.metadata:
+            default = declared.default_factory() if callable(declared.default_factory) else declared.default
+            yield declared.metadata["variable"], default
+
+
+def environment(env_file: Path | None = Path(".env")) -> Env:
+    """The environment with what `.env` adds; a variable that is set wins over the file."""
+    env = Env()
+    if env_file is not None and env_file.is_file():
+        env.read_env(str(env_file), recurse=False)
+    return env
+
+
+def load(settings: type[T], env: Env, **overrides: Any) -> T:
+    """Read every declared variable. Raises SettingsError, one line that names the variable, on a missing or wrong one.
+
+    A variable set to the empty string counts as unset. `overrides` win over the environment.
+    """
+    values: dict[str, Any] = dict(overrides)
+    for declared in dataclasses.fields(settings):  # type: ignore[arg-type]
+        meta: Variable | None = declared.metadata.get("variable")
+        if meta is None or declared.name in overrides:
+            continue
+        if not env.str(meta.name, ""):
+            if declared.default is dataclasses.MISSING and declared.default_factory is dataclasses.MISSING:
+                raise SettingsError(f"{meta.name} is not set: {meta.help}")
+            continue
+        try:
+            value = getattr(env, meta.parse)(meta.name)
+        except EnvError as error:
+            given = "the value given" if meta.secret else repr(env.str(meta.name))
+            raise SettingsError(f"{meta.name}: {given} is no {meta.parse}. {meta.help}") from error
+        if meta.check and (wrong := meta.check(value)):
+            raise SettingsError(f"{meta.name} {wrong}. {meta.help}")
+        values[declared.name] = value
+    return settings(**values)
+
+
+def positive(value: float) -> str | None:
+    """A check for `variable`: greater than zero."""
+    return None if value > 0 else f"must be greater than 0, not {value}"
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseSettings:
+    """The PostgreSQL that all processes share."""
+
+    url: str = variable("DATABASE_URL", "str", help="postgresql://user:password@host:port/name", secret=True)
+    pool_size: int = variable(
+        "DATABASE_POOL_SIZE", "int", 10, help="Connections that one process opens at most.", check=positive
+    )
+    # Seconds. A request waits no longer for a free connection or for an answer before it is told 503.
+    timeout: float = variable(
+        "DATABASE_TIMEOUT", "float", 5.0, help="Seconds to wait for a connection or an answer.", check=positive
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OrchestratorSettings:
+    """What the orchestrator needs beside the database."""
+
+    data_dir: Path = variable(
+        "DATA_DIR", "path", Path("data"), help="Where the embedded database and local sessions keep their files."
+    )
+    # Sessions worked on at the same time by one process: starts are slow, and mostly wait.
+    concurrency: int = variable(
+        "ORCHESTRATOR_CONCURRENCY", "int", 8, help="Sessions that one orchestrator works on at once.", check=positive
+    )
+    # Seconds. A lease outlives three missed heartbeats; after it another orchestrator takes over.
+    lease: float = variable(
+        "ORCHESTRATOR_LEASE",
+        "float",
+        30.0,
+        help="Seconds until another orchestrator takes over a dead one's work.",
+        check=positive,
+    )
+    # Seconds. NOTIFY is a hint; this poll is the truth.
+    poll_interval: float = variable(
+        "ORCHESTRATOR_POLL_INTERVAL",
+        "float",
+        5.0,
+        help="Seconds between looks for work that no hint announced.",
+        check=positive,
+    )
+    # Seconds between inspections of what should be running.
+    resync_interval: float = variable(
+        "ORCHESTRATOR_RESYNC_INTERVAL",
+        "float",
+        30.0,
+        help="Seconds between inspections of running sessions.",
+        check=positive,
+    )
+    start_deadline: float = variable(
+        "SESSION_START_DEADLINE", "float", 300.0, help="Seconds that a session may take to start.", check=positive
+    )
+    log_lines: int = variable(
+        "SESSION_LOG_LINES", "int", 5000, help="Output lines kept for each session.", check=positive
+    )
+    deleted_retention: float = variable(
+        "SESSION_DELETED_RETENTION",
+        "float",
+        30 * 86400.0,
+        help="Seconds that a deleted session can still be read.",
+        check=positive,
+    )

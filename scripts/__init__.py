@@ -1,0 +1,1 @@
+"""The admin command line, and the developer's commands."""
