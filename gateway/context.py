@@ -9,6 +9,7 @@ from aiohttp import web
 
 if TYPE_CHECKING:
     from auth.tokens import Tokens
+
     from gateway.realtime.feed import Feed
     from gateway.realtime.history import History
     from gateway.realtime.hub import Hub

@@ -127,7 +127,7 @@ async def listen(settings: DatabaseSettings, wakeups: dict[str, Wakeup]) -> None
             connection = await connect(settings, name="cluster-code listen")
             try:
                 ended = asyncio.Event()
-                connection.add_termination_listener(lambda _: ended.set())
+                connection.add_termination_listener(lambda _, ended=ended: ended.set())
                 for channel, wakeup in wakeups.items():
                     await connection.add_listener(channel, lambda *_, wakeup=wakeup: wakeup.set())
                     wakeup.set()
@@ -150,7 +150,8 @@ async def leadership(settings: DatabaseSettings, key: int) -> AsyncIterator[Conn
     """
     connection = await connect(settings, name="cluster-code leader")
     try:
-        while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", key):
+        # Trying again and again, since a wait inside the server would run into the connection's own deadline.
+        while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", key):  # noqa: ASYNC110
             await asyncio.sleep(1.0)
         yield connection
     finally:

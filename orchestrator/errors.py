@@ -1,4 +1,6 @@
-"""The errors of the domain, in one tree. The gateway turns each into a problem document, the admin commands into a line.
+"""The errors of the domain, in one tree.
+
+The gateway turns each into a problem document, the admin commands into a line.
 
     ClusterCodeError
     ├── SettingsError            a setting is missing or wrong; the process exits with 2

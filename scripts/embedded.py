@@ -3,8 +3,9 @@
 Only the wheel's binaries are used. Its own supervisor leaves the server running when a process that used it was
 killed, opens every parent directory to all users, and polls by the second.
 
-PostgreSQL refuses to run as root; as root it runs as the system user `cluster-code`, made on first use, and that user is let
-through (not into) the directories above the data and the binaries. It listens on a socket in its own directory only, never on TCP.
+PostgreSQL refuses to run as root; as root it runs as the system user `cluster-code`, made on first use, and that user
+is let through (not into) the directories above the data and the binaries. It listens on a socket in its own directory
+only, never on TCP.
 """
 
 from __future__ import annotations

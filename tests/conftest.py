@@ -1,4 +1,4 @@
-"""What all tests share: a real PostgreSQL, a database of its own for each test, and an eye on what a test leaves behind."""
+"""What all tests share: a real PostgreSQL, a database for each test, and an eye on what a test leaves behind."""
 
 from __future__ import annotations
 
@@ -78,5 +78,5 @@ async def no_task_left() -> AsyncIterator[None]:
     before = asyncio.all_tasks()
     yield
     async with asyncio.timeout(2):
-        while left := [task for task in asyncio.all_tasks() - before if not task.done()]:  # noqa: B007
+        while any(not task.done() for task in asyncio.all_tasks() - before):
             await asyncio.sleep(0.01)
