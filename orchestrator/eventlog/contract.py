@@ -1,4 +1,4 @@
-"""What an event log promises, whichever it is. `tests/integration/eventlog_contract.py` holds each to it.
+"""What an event log promises, whichever it is. `tests/integration/eventlog/contract.py` holds each to it.
 
 - **Order.** Offsets grow, with gaps; every reader sees the same entries with the same offsets in the same order.
 - **Durability.** When `publish` returns, the events are in the log. When it raises, each may or may not be: the caller

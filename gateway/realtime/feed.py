@@ -1,0 +1,138 @@
+"""The event log into history and hub: one reader a process, one frame an event."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import cast
+
+import orjson
+import structlog
+
+from gateway.realtime import liveness, rechecks
+from gateway.realtime.history import History
+from gateway.realtime.hub import Hub
+from gateway.realtime.protocol import CloseCode
+from orchestrator.database import Pool, backoff
+from orchestrator.errors import LogUnavailable
+from orchestrator.eventlog.contract import Entry, EventLog, Truncated
+from orchestrator.events import GATEWAY, PERMISSIONS_CHANGED
+
+log = structlog.get_logger("gateway.feed")
+
+# Offsets before the head at which a new process begins to read, so that clients of another one can resume here.
+_REREAD = 100_000
+
+
+class Feed:
+    """Follows the log. `ready` is set once it has read all that was there when it began."""
+
+    def __init__(self, event_log: EventLog, history: History, hub: Hub, pool: Pool) -> None:
+        self.ready = False
+        # For the metrics: bodies that were no envelope, starts from scratch, failures of the log.
+        self.invalid = 0
+        self.resets = 0
+        self.failures = 0
+        self._log = event_log
+        self._history = history
+        self._hub = hub
+        self._pool = pool
+        self._last_event_at: float | None = None
+        self._failures_in_a_row = 0
+
+    @property
+    def offset(self) -> int:
+        """The last offset read."""
+        return self._history.head
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since an entry was last read; None before the first."""
+        at = self._last_event_at
+        return None if at is None else asyncio.get_running_loop().time() - at
+
+    async def run(self) -> None:
+        """Follow the log, look after the connections, and re-check permissions, for ever.
+
+        Raises (in an ExceptionGroup) what ends any of the three unexpectedly: the process must end then, since its
+        clients would hear nothing more. Cancelling stops all three.
+        """
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow(), name="feed")
+            group.create_task(liveness.watch(self._hub), name="feed: liveness")
+            group.create_task(rechecks.run(self._hub, self._pool), name="feed: rechecks")
+
+    async def _follow(self) -> None:
+        self._start_anew(max(0, self._log.head - _REREAD))
+        while True:
+            try:
+                await self._read(self._log.head)
+            except Truncated as lost:
+                self._start_anew(lost.first - 1)
+            except LogUnavailable as error:
+                self.failures += 1
+                self._failures_in_a_row += 1
+                log.warning("the log cannot be read", error=str(error), failures=self._failures_in_a_row)
+                await asyncio.sleep(backoff(self._failures_in_a_row))
+
+    async def _read(self, target: int) -> None:
+        """Read on from the history's head. Returns when the log has begun a new epoch, ready to read that one."""
+        if self._log.epoch != self._history.epoch:
+            self._start_anew(max(0, self._log.head - _REREAD))
+        epoch = self._history.epoch
+        self.ready = self.ready or self.offset >= target
+        # Every implementation is an async generator; the contract asks for `aclose`.
+        reader = cast(AsyncGenerator[Sequence[Entry], None], self._log.read(self.offset))
+        async with aclosing(reader):
+            async for batch in reader:
+                if self._log.epoch != epoch:
+                    self._start_anew(max(0, self._log.head - _REREAD))
+                    return
+                self._failures_in_a_row = 0
+                self.take(batch)
+                self.ready = self.ready or self.offset >= target
+                # Batches that lie ready must not keep the hub from writing, nor anybody else from running.
+                await asyncio.sleep(0)
+        raise RuntimeError("the event log has ended, which it must not while the feed reads it")
+
+    def take(self, batch: Sequence[Entry]) -> None:
+        """Put a batch into the history and hand it to the hub. Repeats, and what was read before, go no further."""
+        self._last_event_at = now = asyncio.get_running_loop().time()
+        for entry in batch:
+            if entry.offset <= self._history.head:
+                continue
+            if entry.channel == GATEWAY:
+                self._history.skip(entry.offset)
+                self._obey(entry)
+                continue
+            try:
+                stored = self._history.append(entry, now)
+            except ValueError as error:
+                self.invalid += 1
+                log.warning("skipped an event", offset=entry.offset, error=str(error))
+                continue
+            if stored is not None:
+                self._hub.publish(stored)
+
+    def _obey(self, entry: Entry) -> None:
+        """Do what another part of the system asks of all gateways."""
+        if entry.event_type != PERMISSIONS_CHANGED:
+            return
+        try:
+            user_id = orjson.loads(entry.body)["data"]["user_id"]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            user_id = None
+        if isinstance(user_id, int):
+            self._hub.permissions_changed(user_id)
+        else:
+            self.invalid += 1
+            log.warning("a control event names no user", offset=entry.offset)
+
+    def _start_anew(self, floor: int) -> None:
+        """Nothing of what was read before connects to what comes: clients begin anew, too."""
+        if self._hub.connections:
+            log.warning("position lost", connections=len(self._hub.connections), floor=floor)
+        self.resets += 1
+        self._history.reset(self._log.epoch, floor)
+        self._hub.close_all(CloseCode.POSITION_LOST)
