@@ -1,0 +1,156 @@
+"""Refresh tokens: opaque, used once, each use gives the next. The tokens that descend from one sign-in are a family.
+
+A spent token that is shown again means that two parties hold it, and nobody can tell which of them is the thief: the
+whole family is revoked (RFC 9700, 4.14.2). That holds for two uses at the same moment as well: exactly one of them gets
+the next token, the other counts as a reuse. A client with several tabs refreshes in one of them.
+
+Only the SHA-256 of a token is stored: it is 256 random bits, so there is nothing to guess and no need for a slow hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from enum import Enum, auto
+from uuid import UUID, uuid4
+
+import asyncpg
+
+from auth.errors import Unauthenticated
+
+PREFIX = "ccr_"
+_LENGTH = len(PREFIX) + 43
+
+
+class _Refusal(Enum):
+    UNKNOWN = auto()
+    EXPIRED = auto()
+    REVOKED = auto()
+    REUSED = auto()
+    DISABLED = auto()
+
+
+_SENTENCES = {
+    _Refusal.UNKNOWN: "The refresh token is not known: sign in again.",
+    _Refusal.EXPIRED: "The refresh token has expired: sign in again.",
+    _Refusal.REVOKED: "The refresh token was revoked: sign in again.",
+    _Refusal.REUSED: "The refresh token was used before, so all of the same sign-in are revoked now: sign in again.",
+    _Refusal.DISABLED: "This account is disabled: ask an administrator.",
+}
+
+
+async def open_family(connection: asyncpg.Connection, user_id: int, ttl: float) -> str:
+    """The first refresh token of a sign-in, good for `ttl` seconds."""
+    return await _insert(connection, uuid4(), user_id, ttl)
+
+
+async def rotate(connection: asyncpg.Connection, token: str, ttl: float) -> tuple[int, str]:
+    """Spend the token. Returns `(user_id, next_token)`, the next one being good for `ttl` seconds from now.
+
+    Raises Unauthenticated, saying whether the token is unknown, expired, revoked or reused; a reuse revokes the family.
+    That must last although an error is raised, so this makes its own transaction and commits before it raises:
+    calling it within a transaction is a RuntimeError. Cancelling rolls back; the token then is still good.
+    """
+    if connection.is_in_transaction():
+        raise RuntimeError("refresh.rotate commits by itself: call it outside of a transaction")
+    async with connection.transaction():
+        outcome = await _rotate(connection, _digest(token), ttl)
+    if isinstance(outcome, _Refusal):
+        raise Unauthenticated(_SENTENCES[outcome])
+    return outcome
+
+
+async def revoke(connection: asyncpg.Connection, token: str) -> int | None:
+    """Revoke the token's family: sign out. Returns whose it was; None for a token that is not known."""
+    async with connection.transaction():
+        found = await _lock_family(connection, _digest(token))
+        if found is None:
+            return None
+        family, user_id, _ = found
+        await _revoke_family(connection, family)
+        return user_id
+
+
+async def revoke_all(connection: asyncpg.Connection, user_id: int) -> None:
+    """Revoke all of a user's refresh tokens. Lock the user's row first (`UPDATE users`): no rotation slips through."""
+    await connection.execute(
+        "UPDATE refresh_tokens SET revoked_at = now() WHERE user_id = $1 AND revoked_at IS NULL", user_id
+    )
+
+
+async def purge(connection: asyncpg.Connection) -> int:
+    """Delete the tokens that have expired; returns how many. Until then a reuse can be told from a guess."""
+    status: str = await connection.execute(
+        """DELETE FROM refresh_tokens WHERE id IN (
+               SELECT id FROM refresh_tokens WHERE expires_at < now() FOR UPDATE SKIP LOCKED)"""
+    )
+    return int(status.rpartition(" ")[2])
+
+
+async def _rotate(connection: asyncpg.Connection, digest: bytes, ttl: float) -> tuple[int, str] | _Refusal:
+    found = await _lock_family(connection, digest)
+    if found is None:
+        return _Refusal.UNKNOWN
+    family, user_id, is_disabled = found
+    # Read after the locks: whoever held them before us may have spent or revoked it.
+    row = await connection.fetchrow(
+        """SELECT id, used_at IS NOT NULL AS is_used, revoked_at IS NOT NULL AS is_revoked,
+                  expires_at <= now() AS is_expired
+             FROM refresh_tokens WHERE token_hash = $1""",
+        digest,
+    )
+    if row is None:
+        return _Refusal.UNKNOWN
+    if row["is_revoked"]:
+        return _Refusal.REVOKED
+    if row["is_used"]:
+        await _revoke_family(connection, family)
+        return _Refusal.REUSED
+    if row["is_expired"]:
+        return _Refusal.EXPIRED
+    if is_disabled:
+        return _Refusal.DISABLED
+    await connection.execute("UPDATE refresh_tokens SET used_at = now() WHERE id = $1", row["id"])
+    return user_id, await _insert(connection, family, user_id, ttl)
+
+
+async def _lock_family(connection: asyncpg.Connection, digest: bytes) -> tuple[UUID, int, bool] | None:
+    """Keep others from changing the family or its user until the transaction ends: `(family, user_id, is_disabled)`.
+
+    The user's row is shared, so that a change of password, which writes it, waits for the rotation under way and then
+    revokes what that made. The family's lock is an advisory one: rows locked one by one could deadlock.
+    """
+    row = await connection.fetchrow(
+        """SELECT r.family, r.user_id, u.is_disabled FROM refresh_tokens r JOIN users u ON u.id = r.user_id
+            WHERE r.token_hash = $1 FOR SHARE OF u""",
+        digest,
+    )
+    if row is None:
+        return None
+    await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1::text, 0))", str(row["family"]))
+    return row["family"], row["user_id"], row["is_disabled"]
+
+
+async def _revoke_family(connection: asyncpg.Connection, family: UUID) -> None:
+    await connection.execute(
+        "UPDATE refresh_tokens SET revoked_at = now() WHERE family = $1 AND revoked_at IS NULL", family
+    )
+
+
+async def _insert(connection: asyncpg.Connection, family: UUID, user_id: int, ttl: float) -> str:
+    token = PREFIX + secrets.token_urlsafe(32)
+    await connection.execute(
+        """INSERT INTO refresh_tokens (family, user_id, token_hash, expires_at)
+           VALUES ($1, $2, $3, now() + make_interval(secs => $4))""",
+        family,
+        user_id,
+        _digest(token),
+        float(ttl),
+    )
+    return token
+
+
+def _digest(token: str) -> bytes:
+    if len(token) != _LENGTH or not token.startswith(PREFIX) or not token.isascii():
+        raise Unauthenticated("This is no refresh token: it is malformed.")
+    return hashlib.sha256(token.encode()).digest()
