@@ -9,7 +9,6 @@ from aiohttp import web
 
 if TYPE_CHECKING:
     from auth.tokens import Tokens
-
     from gateway.realtime.feed import Feed
     from gateway.realtime.history import History
     from gateway.realtime.hub import Hub
@@ -29,6 +28,8 @@ class Context:
     history: History
     hub: Hub
     feed: Feed
+    # Seconds that a request waits for a connection of the pool before it is told 503.
+    database_timeout: float = 5.0
 
 
 CONTEXT = web.AppKey("context", Context)

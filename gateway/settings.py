@@ -106,6 +106,9 @@ class GatewaySettings:
     repo_schemes: list[str] = variable(
         "REPO_SCHEMES", "list", ["https", "http", "ssh", "git"], help="URL schemes that a repository may have."
     )
+    metrics_token: str = variable(
+        "METRICS_TOKEN", "str", "", help="Bearer token that /metrics asks for; empty: none.", secret=True
+    )
     # Seconds after the first signal until what still runs is cancelled.
     shutdown_grace: float = variable(
         "SHUTDOWN_GRACE", "float", 10.0, help="Seconds that requests and connections get to end.", check=positive

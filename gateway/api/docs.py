@@ -1,0 +1,62 @@
+"""The pages: a landing page, the OpenAPI document, and Swagger UI from the package that brings it, without a CDN."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+
+import swagger_ui_bundle
+from aiohttp import web
+
+from gateway import openapi
+
+_STATIC = Path(__file__).parent.parent / "static"
+_SWAGGER = Path(str(swagger_ui_bundle.swagger_ui_path))
+# All that the pages load: nothing else can be reached through them.
+_ASSETS: dict[str, Path] = {
+    "style.css": _STATIC / "style.css",
+    "docs.js": _STATIC / "docs.js",
+    "swagger-ui-bundle.js": _SWAGGER / "swagger-ui-bundle.js",
+    "swagger-ui.css": _SWAGGER / "swagger-ui.css",
+    "favicon.png": _SWAGGER / "favicon-32x32.png",
+}
+# Swagger UI shows its icons as data: images; the rest comes from here, and nothing may frame or be framed.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_PAGE_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+async def home(request: web.Request) -> web.StreamResponse:
+    """What this is, and where to go on."""
+    return web.FileResponse(_STATIC / "index.html", headers=_PAGE_HEADERS)
+
+
+async def docs(request: web.Request) -> web.StreamResponse:
+    """Swagger UI on the OpenAPI document."""
+    return web.FileResponse(_STATIC / "docs.html", headers=_PAGE_HEADERS)
+
+
+async def asset(request: web.Request) -> web.StreamResponse:
+    """One of the files that the pages load."""
+    path = _ASSETS.get(request.match_info["name"])
+    if path is None:
+        raise web.HTTPNotFound
+    return web.FileResponse(path, headers={"Cache-Control": "public, max-age=3600"})
+
+
+def document(routes: Iterable[web.RouteDef], version: str) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """A handler that answers the OpenAPI document, which is made at the first request."""
+    made: list[bytes] = []
+
+    async def openapi_document(request: web.Request) -> web.Response:
+        if not made:
+            made.append(openapi.document(routes, version))
+        return web.Response(body=made[0], content_type="application/json", headers={"Cache-Control": "no-cache"})
+
+    return openapi_document

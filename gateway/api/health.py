@@ -1,0 +1,120 @@
+"""For probes and operators: is the process alive, can it serve, and what does it count."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from typing import Any
+
+from aiohttp import web
+from marshmallow import Schema, fields
+
+from auth.errors import Unauthenticated
+from gateway.context import CONTEXT, Context
+from gateway.fields import moment, rfc3339
+from gateway.metrics import METRICS
+from gateway.operation import Call, Database, answer, bearer, lease, operation
+from orchestrator import machines
+from orchestrator.database import UNAVAILABLE
+from orchestrator.errors import LogUnavailable
+
+# Seconds that a part may take to answer: probes give up after a few.
+_DEADLINE = 2.0
+
+
+class Health(Schema):
+    """The process lives."""
+
+    status = fields.String(required=True)
+
+
+class Part(Schema):
+    """One thing that this gateway needs."""
+
+    state = fields.String(required=True, metadata={"description": "ready or down"})
+    message = fields.String(required=True)
+
+
+class ProviderPart(Schema):
+    """One provider, as an orchestrator found it."""
+
+    state = fields.String(required=True, metadata={"description": "unknown, up or down"})
+    message = fields.String(required=True)
+    checked_at = moment(allow_none=True)
+
+
+class Ready(Schema):
+    """Whether this gateway can serve, part by part. Providers are told, and do not count: others serve meanwhile."""
+
+    status = fields.String(required=True, metadata={"description": "ready, down or draining"})
+    database = fields.Nested(Part, required=True)
+    log = fields.Nested(Part, required=True)
+    feed = fields.Nested(Part, required=True)
+    providers = fields.Dict(keys=fields.String(), values=fields.Nested(ProviderPart), required=True)
+
+
+@operation("Is the process alive", tag="health", answers={200: Health}, signed_in=False, database=Database.NONE)
+async def health(call: Call) -> web.Response:
+    """Always 200: what else is away is no reason to restart this process."""
+    return answer({"status": "ok"})
+
+
+@operation(
+    "Can it serve",
+    tag="health",
+    answers={200: Ready, 503: Ready},
+    signed_in=False,
+    database=Database.NONE,
+)
+async def ready(call: Call) -> web.Response:
+    """503 while the database, the event log or the feed is away, or while it drains."""
+    context = call.context
+    (database, providers), log = await asyncio.gather(_database(context), _log(context))
+    feed = _part("ready") if context.feed.ready else _part("down", "It has not caught up with the event log.")
+    down = any(part["state"] != "ready" for part in (database, log, feed))
+    status = "draining" if context.hub.draining else "down" if down else "ready"
+    return answer(
+        {"status": status, "database": database, "log": log, "feed": feed, "providers": providers},
+        200 if status == "ready" else 503,
+    )
+
+
+def _part(state: str, message: str = "") -> dict[str, str]:
+    return {"state": state, "message": message}
+
+
+async def _database(context: Context) -> tuple[dict[str, str], dict[str, Any]]:
+    try:
+        async with asyncio.timeout(_DEADLINE), lease(context) as connection:
+            rows = await machines.providers(connection)
+    except UNAVAILABLE:
+        # Not its words: the probe is open to everybody, and they may name hosts and users.
+        return _part("down", "It does not answer."), {}
+    providers = {
+        row.name: {"state": row.state, "message": row.message, "checked_at": rfc3339(row.checked_at)}
+        for row in rows
+        if row.enabled
+    }
+    return _part("ready"), providers
+
+
+async def _log(context: Context) -> dict[str, str]:
+    try:
+        async with asyncio.timeout(_DEADLINE):
+            await context.log.check()
+    except LogUnavailable as error:
+        return _part("down", str(error))
+    except TimeoutError:
+        return _part("down", "It does not answer.")
+    return _part("ready")
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """Prometheus' text format. Asks for METRICS_TOKEN when that is set."""
+    expected = request.app[CONTEXT].settings.metrics_token
+    if expected and not hmac.compare_digest(bearer(request).encode(), expected.encode()):
+        raise Unauthenticated("/metrics takes the bearer token of METRICS_TOKEN.")
+    return web.Response(
+        body=await request.app[METRICS].render(),
+        headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Cache-Control": "no-store"},
+    )

@@ -1,0 +1,200 @@
+"""Projects: a Git repository with its environment, in a workspace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+from marshmallow import Schema, ValidationError, fields, validate
+
+from auth import audit, tenants
+from auth.errors import NotVisible
+from auth.permissions import Action, Role, decide
+from auth.tenants import Project as Row
+from gateway.fields import (
+    NO_NUL,
+    Matches,
+    PageQuery,
+    Text,
+    Uuid,
+    moment,
+    object_id,
+    object_id_in_query,
+    page_of,
+    rfc3339,
+)
+from gateway.operation import Call, Database, PathKind, answer, nothing, operation, page
+from gateway.repository import check_branch, check_repo_url
+
+# Bytes: what Linux takes for one variable is 128 KiB, and for all of them and the arguments 2 MiB.
+_LONGEST_VALUE = 32 << 10
+_LARGEST_ENVIRONMENT = 256 << 10
+
+
+def _value_fits(value: str) -> None:
+    if len(value.encode()) > _LONGEST_VALUE:
+        raise ValidationError(f"Longer than {_LONGEST_VALUE} bytes.")
+
+
+def _environment_fits(env: dict[str, str]) -> None:
+    if sum(len(name) + len(value.encode()) for name, value in env.items()) > _LARGEST_ENVIRONMENT:
+        raise ValidationError(f"Longer than {_LARGEST_ENVIRONMENT} bytes in all.")
+
+
+def _env(**kwargs: Any) -> fields.Dict:
+    return fields.Dict(
+        keys=Text(
+            most=128, allowed=Matches(r"[A-Za-z_][A-Za-z0-9_]*", "No name for a variable: [A-Za-z_][A-Za-z0-9_]*.")
+        ),
+        values=Text(least=0, most=_LONGEST_VALUE, allowed=NO_NUL, checks=[_value_fits]),
+        validate=[validate.Length(max=256), _environment_fits],
+        metadata={"description": "Environment variables, by name."},
+        **kwargs,
+    )
+
+
+class NewProject(Schema):
+    """A project to be made."""
+
+    workspace_id = object_id(required=True)
+    name = Text(required=True)
+    repo_url = Text(most=2048, allow_none=True)
+    branch = Text(most=200, allow_none=True)
+    env = _env()
+    uuid = Uuid(metadata={"description": "For projects that another service owns; else a random one."})
+
+
+class ProjectChanges(Schema):
+    """What of a project can change. Sessions take it up at their next start."""
+
+    name = Text()
+    repo_url = Text(most=2048, allow_none=True)
+    branch = Text(most=200, allow_none=True)
+    env = _env()
+
+
+class Project(Schema):
+    """A project. `env` is null for viewers, since it may hold secrets."""
+
+    id = fields.Integer(required=True)
+    uuid = fields.UUID(required=True)
+    workspace_id = fields.Integer(required=True)
+    name = fields.String(required=True)
+    repo_url = fields.String(required=True, allow_none=True)
+    branch = fields.String(required=True, allow_none=True)
+    env = fields.Dict(keys=fields.String(), values=fields.String(), required=True, allow_none=True)
+    created_by = fields.Integer(required=True, allow_none=True)
+    created_at = moment()
+    updated_at = moment()
+
+
+class ProjectsQuery(PageQuery):
+    """Which projects."""
+
+    workspace_id = object_id_in_query()
+
+
+def _public(project: Row, *, with_env: bool) -> dict[str, Any]:
+    return {
+        "id": project.id,
+        "uuid": str(project.uuid),
+        "workspace_id": project.workspace_id,
+        "name": project.name,
+        "repo_url": project.repo_url,
+        "branch": project.branch,
+        "env": project.env if with_env else None,
+        "created_by": project.created_by,
+        "created_at": rfc3339(project.created_at),
+        "updated_at": rfc3339(project.updated_at),
+    }
+
+
+def _sees_env(call: Call, role: Role | None) -> bool:
+    return call.identity.is_admin or (role is not None and role >= Role.MEMBER)
+
+
+async def _permitted(call: Call, action: Action) -> tuple[Row, Role | None]:
+    """The project of the path and the caller's role in its workspace. Raises NotVisible or Forbidden."""
+    found = await tenants.project_with_role(call.connection, user_id=call.identity.user_id, id=call.path["project_id"])
+    if found is None:
+        raise NotVisible("There is no such project.")
+    decide(call.identity, action, found[1], what="project")
+    return found
+
+
+def _check_repository(call: Call) -> None:
+    if (url := call.body.get("repo_url")) is not None:
+        check_repo_url(url, call.context.settings.repo_schemes)
+    if (branch := call.body.get("branch")) is not None:
+        check_branch(branch)
+
+
+@operation("List projects", tag="projects", query=ProjectsQuery, answers={200: page_of(Project)})
+async def list_projects(call: Call) -> web.Response:
+    """Those of the caller's workspaces, newest first; administrators see all. No environments in lists."""
+    query = call.query
+    items, total = await tenants.list_projects(
+        call.connection,
+        call.identity,
+        query["page"],
+        query["page_size"],
+        workspace_id=query.get("workspace_id"),
+    )
+    return answer(page([_public(project, with_env=False) for project in items], total, query))
+
+
+@operation("Make a project", tag="projects", body=NewProject, answers={201: Project}, database=Database.WRITE)
+async def create(call: Call) -> web.Response:
+    """For members of the workspace."""
+    _check_repository(call)
+    body, identity = dict(call.body), call.identity
+    workspace_id = body.pop("workspace_id")
+    role = await tenants.role_in(call.connection, workspace_id, identity.user_id)
+    decide(identity, Action.PROJECT_WRITE, role, what="workspace")
+    project = await tenants.create_project(call.connection, workspace_id, created_by=identity.user_id, **body)
+    await _record(call, "project.create", project.id)
+    return answer(_public(project, with_env=True), 201, location=f"/api/v1/projects/{project.id}")
+
+
+@operation("Read a project", tag="projects", path={"project_id": PathKind.ID}, answers={200: Project})
+async def read(call: Call) -> web.Response:
+    """For members of its workspace."""
+    project, role = await _permitted(call, Action.PROJECT_READ)
+    return answer(_public(project, with_env=_sees_env(call, role)))
+
+
+@operation(
+    "Change a project",
+    tag="projects",
+    path={"project_id": PathKind.ID},
+    body=ProjectChanges,
+    answers={200: Project},
+    database=Database.WRITE,
+)
+async def update(call: Call) -> web.Response:
+    """What is not given stays; `env` is replaced as a whole."""
+    _check_repository(call)
+    project, _ = await _permitted(call, Action.PROJECT_WRITE)
+    changes: Any = call.body
+    changed = await tenants.update_project(call.connection, project.id, **changes)
+    await _record(call, "project.update", project.id, fields=sorted(changes))
+    return answer(_public(changed, with_env=True))
+
+
+@operation(
+    "Delete a project",
+    tag="projects",
+    path={"project_id": PathKind.ID},
+    answers={204: None},
+    database=Database.WRITE,
+)
+async def delete(call: Call) -> web.Response:
+    """For admins and owners of its workspace. 409 while it has a session."""
+    project, _ = await _permitted(call, Action.PROJECT_DELETE)
+    await tenants.delete_project(call.connection, project.id)
+    await _record(call, "project.delete", project.id)
+    return nothing()
+
+
+async def _record(call: Call, action: str, project_id: int, **details: Any) -> None:
+    await audit.record(call.connection, call.identity.user_id, action, f"project:{project_id}", call.address, **details)

@@ -1,0 +1,330 @@
+"""Sessions: the development environments. What is asked for here is written down; an orchestrator makes it so."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from aiohttp import web
+from marshmallow import Schema, ValidationError, fields, validate, validates_schema
+
+from auth import audit, tenants
+from auth.errors import NotVisible
+from auth.permissions import Action, Role, Scope, decide
+from auth.tenants import Project
+from gateway import idempotency
+from gateway.fields import (
+    MAX_ID,
+    PageQuery,
+    Text,
+    Uuid,
+    WholeInQuery,
+    moment,
+    object_id,
+    object_id_in_query,
+    page_of,
+    rfc3339,
+)
+from gateway.operation import Call, Database, PathKind, answer, operation, page
+from orchestrator.sessions import store
+from orchestrator.sessions.state import Desired, Status
+
+_STATUSES = [status.value for status in Status]
+_ONE = {"session_id": PathKind.ID}
+
+
+class NewSession(Schema):
+    """For which project a session is wanted: by `project_uuid` or by `project_id`."""
+
+    project_uuid = Uuid()
+    project_id = object_id()
+    provider = Text(allow_none=True)
+    machine_config = Text(allow_none=True)
+    user_id = object_id(
+        allow_none=True, metadata={"description": "Whose session it is; administrators may name another."}
+    )
+
+    @validates_schema
+    def _one_of_two(self, data: dict[str, Any], **_: Any) -> None:
+        if ("project_uuid" in data) == ("project_id" in data):
+            raise ValidationError("Give either project_uuid or project_id.", "project_uuid")
+
+
+class Session(Schema):
+    """A session, as answers and events have it."""
+
+    id = fields.Integer(required=True)
+    project_uuid = fields.UUID(required=True)
+    project_id = fields.Integer(required=True)
+    workspace_id = fields.Integer(required=True)
+    user_id = fields.Integer(required=True, allow_none=True)
+    provider = fields.String(required=True)
+    machine_config = fields.String(required=True)
+    namespace = fields.String(required=True)
+    container_name = fields.String(required=True)
+    desired = fields.String(required=True, validate=validate.OneOf([desired.value for desired in Desired]))
+    status = fields.String(required=True, validate=validate.OneOf(_STATUSES))
+    reason = fields.String(required=True)
+    message = fields.String(required=True)
+    stale = fields.Boolean(
+        required=True, metadata={"description": "The provider cannot be reached; this is the last that was known."}
+    )
+    ip_address = fields.String(required=True, allow_none=True)
+    preview_url = fields.String(required=True, allow_none=True)
+    preview_path = fields.String(required=True, allow_none=True)
+    chat_url = fields.String(required=True, allow_none=True)
+    chat_path = fields.String(required=True, allow_none=True)
+    vscode_url = fields.String(required=True, allow_none=True)
+    vscode_path = fields.String(required=True, allow_none=True)
+    expires_at = moment()
+    created_at = moment()
+    updated_at = moment()
+
+
+class SessionsQuery(PageQuery):
+    """Which sessions. Deleted ones are listed only when `status` asks for them."""
+
+    user_id = object_id_in_query()
+    project_id = object_id_in_query()
+    workspace_id = object_id_in_query()
+    status = fields.String(validate=validate.OneOf(_STATUSES))
+
+
+class SessionEvent(Schema):
+    """One line of a session's history."""
+
+    id = fields.Integer(required=True)
+    at = moment()
+    status = fields.String(required=True)
+    reason = fields.String(required=True)
+    message = fields.String(required=True)
+
+
+class LogsQuery(Schema):
+    """Which lines of the output."""
+
+    tail = WholeInQuery(1, 5000, load_default=200)
+    after = WholeInQuery(0, MAX_ID, metadata={"description": "The id of the last line already known."})
+    service = Text(most=64)
+
+
+class LogLine(Schema):
+    """One line of a session's output."""
+
+    id = fields.Integer(required=True)
+    at = moment()
+    service = fields.String(required=True)
+    stream = fields.String(required=True)
+    line = fields.String(required=True)
+
+
+class LogLines(Schema):
+    """Lines in their order."""
+
+    items = fields.List(fields.Nested(LogLine), required=True)
+
+
+async def _permitted(call: Call, action: Action) -> store.Session:
+    """The session of the path. Raises NotVisible or Forbidden."""
+    session = await store.get(call.connection, call.path["session_id"])
+    if session is None:
+        raise NotVisible("There is no such session.")
+    role = None
+    if not call.identity.is_admin:
+        role = await tenants.role_in(call.connection, session.workspace_id, call.identity.user_id)
+    decide(call.identity, action, role, what="session")
+    return session
+
+
+async def _project(call: Call, *, uuid: UUID | None = None, id: int | None = None) -> tuple[Project, Role | None]:  # noqa: A002  The column's name.
+    """The project, and the caller's role in its workspace; one whose UUID nobody knows becomes the caller's own.
+
+    Raises NotVisible or Forbidden.
+    """
+    identity = call.identity
+    found = await tenants.project_with_role(call.connection, user_id=identity.user_id, id=id, uuid=uuid)
+    if found is not None:
+        decide(identity, Action.SESSION_READ, found[1], what="project")
+        return found
+    if uuid is None or not call.context.settings.adopt_projects:
+        raise NotVisible("There is no such project.")
+    decide(identity, Action.PROJECT_WRITE, Role.OWNER)
+    project = await tenants.adopt_project(call.connection, uuid, identity.user_id)
+    await audit.record(call.connection, identity.user_id, "project.adopt", f"project:{project.id}", call.address)
+    return project, Role.OWNER
+
+
+async def _make(
+    call: Call, project: Project, *, user_id: int, provider: str | None = None, machine_config: str | None = None
+) -> tuple[store.Session, bool]:
+    session, made = await store.create(
+        call.connection, project=project, user_id=user_id, provider=provider, machine_config=machine_config
+    )
+    if made:
+        await _record(call, "session.create", session.id)
+    return session, made
+
+
+@operation("List sessions", tag="sessions", query=SessionsQuery, answers={200: page_of(Session)})
+async def list_sessions(call: Call) -> web.Response:
+    """Those of the caller's workspaces, newest first; administrators see all. `total` counts 10,000 at most."""
+    query, identity = call.query, call.identity
+    workspace_ids: list[int] | None = None
+    if not identity.is_admin:
+        workspace_ids = await tenants.workspace_ids(call.connection, identity.user_id)
+    if (wanted := query.get("workspace_id")) is not None:
+        workspace_ids = [wanted] if workspace_ids is None or wanted in workspace_ids else []
+    found = await store.list_page(
+        call.connection,
+        workspace_ids=workspace_ids,
+        user_id=query.get("user_id"),
+        project_id=query.get("project_id"),
+        status=query.get("status"),
+        page=query["page"],
+        page_size=query["page_size"],
+    )
+    items = [store.public(session) for session in found.items]
+    return answer(page(items, found.total, query, exact=found.total_is_exact))
+
+
+@operation(
+    "Make a session",
+    tag="sessions",
+    body=NewSession,
+    answers={201: Session, 202: Session},
+    database=Database.WRITE,
+    headers={idempotency.HEADER: idempotency.HELP},
+)
+async def create(call: Call) -> web.Response:
+    """201 with a new session, which starts; 202 with the one that the project has. 409 while an old one is deleted."""
+    return await idempotency.once(call, lambda: _create(call))
+
+
+async def _create(call: Call) -> web.Response:
+    body, identity = call.body, call.identity
+    user_id = body.get("user_id") or identity.user_id
+    if user_id != identity.user_id:
+        decide(identity, Action.USER_ADMIN_WRITE)
+    project, role = await _project(call, uuid=body.get("project_uuid"), id=body.get("project_id"))
+    decide(identity, Action.SESSION_WRITE, role, what="project")
+    session, made = await _make(
+        call, project, user_id=user_id, provider=body.get("provider"), machine_config=body.get("machine_config")
+    )
+    return answer(store.public(session), 201 if made else 202, location=f"/api/v1/sessions/{session.id}")
+
+
+@operation(
+    "Get the session of a project, made if need be",
+    tag="sessions",
+    path={"project_uuid": PathKind.UUID},
+    answers={200: Session, 201: Session},
+    database=Database.WRITE,
+    scope=Scope.READ,
+)
+async def get_or_create(call: Call) -> web.Response:
+    """200 with the session that the project has, 201 with a new one. Concurrent calls make one."""
+    project, role = await _project(call, uuid=call.path["project_uuid"])
+    found = await store.list_page(call.connection, workspace_ids=None, project_id=project.id, page=1, page_size=1)
+    if found.items and found.items[0].desired != Desired.DELETED:
+        return answer(store.public(found.items[0]))
+    decide(call.identity, Action.SESSION_WRITE, role, what="project")
+    session, made = await _make(call, project, user_id=call.identity.user_id)
+    return answer(store.public(session), 201 if made else 200, location=f"/api/v1/sessions/{session.id}")
+
+
+@operation("Read a session", tag="sessions", path=_ONE, answers={200: Session})
+async def read(call: Call) -> web.Response:
+    """For members of its workspace; a deleted one too, for a while."""
+    return answer(store.public(await _permitted(call, Action.SESSION_READ)))
+
+
+async def _request(call: Call, desired: Desired, *, restart: bool = False) -> web.Response:
+    session = await _permitted(call, Action.SESSION_WRITE)
+    wanted = await store.request(call.connection, session.id, desired, restart=restart)
+    await _record(call, f"session.{'restart' if restart else desired.value}", session.id)
+    return answer(store.public(wanted), 202)
+
+
+@operation(
+    "Delete a session",
+    tag="sessions",
+    path=_ONE,
+    answers={200: Session, 202: Session},
+    database=Database.WRITE,
+)
+async def delete(call: Call) -> web.Response:
+    """Works in every state: 202 while it goes, 200 when it is gone already."""
+    session = await _permitted(call, Action.SESSION_WRITE)
+    if session.status == Status.DELETED:
+        return answer(store.public(session))
+    wanted = await store.request(call.connection, session.id, Desired.DELETED)
+    await _record(call, "session.delete", session.id)
+    return answer(store.public(wanted), 202)
+
+
+@operation("Start a session", tag="sessions", path=_ONE, answers={202: Session}, database=Database.WRITE)
+async def start(call: Call) -> web.Response:
+    """Starting what runs changes nothing. 409 once it is being deleted."""
+    return await _request(call, Desired.RUNNING)
+
+
+@operation("Stop a session", tag="sessions", path=_ONE, answers={202: Session}, database=Database.WRITE)
+async def stop(call: Call) -> web.Response:
+    """Its files stay. 409 once it is being deleted."""
+    return await _request(call, Desired.STOPPED)
+
+
+@operation("Restart a session", tag="sessions", path=_ONE, answers={202: Session}, database=Database.WRITE)
+async def restart(call: Call) -> web.Response:
+    """Stops what runs, then starts with what the project says now. 409 once it is being deleted."""
+    return await _request(call, Desired.RUNNING, restart=True)
+
+
+@operation(
+    "Read what happened to a session",
+    tag="sessions",
+    path=_ONE,
+    query=PageQuery,
+    answers={200: page_of(SessionEvent)},
+)
+async def history(call: Call) -> web.Response:
+    """Newest first."""
+    session = await _permitted(call, Action.SESSION_READ)
+    query = call.query
+    found = await store.events_page(call.connection, session.id, page=query["page"], page_size=query["page_size"])
+    items = [
+        {
+            "id": event.id,
+            "at": rfc3339(event.at),
+            "status": event.status,
+            "reason": event.reason,
+            "message": event.message,
+        }
+        for event in found.items
+    ]
+    return answer(page(items, found.total, query, exact=found.total_is_exact))
+
+
+@operation("Read a session's output", tag="sessions", path=_ONE, query=LogsQuery, answers={200: LogLines})
+async def logs(call: Call) -> web.Response:
+    """The last `tail` lines, or the first `tail` after the line `after`, in their order."""
+    session = await _permitted(call, Action.SESSION_READ)
+    query = call.query
+    records = await store.logs(
+        call.connection, session.id, tail=query["tail"], after=query.get("after"), service=query.get("service")
+    )
+    items = [
+        {
+            "id": record.id,
+            "at": rfc3339(record.at),
+            "service": record.service,
+            "stream": record.stream,
+            "line": record.line,
+        }
+        for record in records
+    ]
+    return answer({"items": items})
+
+
+async def _record(call: Call, action: str, session_id: int) -> None:
+    await audit.record(call.connection, call.identity.user_id, action, f"session:{session_id}", call.address)

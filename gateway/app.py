@@ -1,0 +1,173 @@
+"""The composition root of the gateway: every part is made, opened and closed here, in one order and the reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import orjson
+import structlog
+from aiohttp import web
+
+from auth.errors import IssuerUnavailable
+from auth.tokens import Tokens, TokenSettings
+from gateway.context import CONTEXT, Context
+from gateway.metrics import METRICS, Metrics
+from gateway.middleware import edge, stamp
+from gateway.ratelimit import LIMITS, Limits
+from gateway.realtime.feed import Feed
+from gateway.realtime.history import History
+from gateway.realtime.hub import Hub
+from gateway.routes import routes
+from gateway.settings import GatewaySettings
+from orchestrator.database import Pool
+from orchestrator.errors import SettingsError
+from orchestrator.eventlog.contract import EventLog
+from orchestrator.settings import DatabaseSettings
+
+log = structlog.get_logger("gateway")
+
+# Seconds, and bytes, that an outside issuer's answer may take.
+_OUTSIDE_DEADLINE = 5.0
+_OUTSIDE_LIMIT = 1 << 20
+
+# The feed's task: ends only when the application does, or when something is wrong that nothing here can mend.
+FEED: web.AppKey[asyncio.Task[None]] = web.AppKey("feed_task")
+
+
+def build(
+    settings: GatewaySettings,
+    token_settings: TokenSettings,
+    pool: Pool,
+    log: EventLog,
+    database_settings: DatabaseSettings,
+) -> web.Application:
+    """The application. The pool and the log are open, stay the caller's, and are closed by it after the application.
+
+    Raises SettingsError for a wrong rate limit, ValueError for wrong settings of tokens.
+    """
+    outside = Outside()
+    history = History(log.epoch, settings.realtime.history_seconds, settings.realtime.history_bytes)
+    hub = Hub(settings.realtime)
+    context = Context(
+        settings=settings,
+        pool=pool,
+        tokens=Tokens(token_settings, outside.fetch_json),
+        log=log,
+        history=history,
+        hub=hub,
+        feed=Feed(log, history, hub, pool),
+        database_timeout=database_settings.timeout,
+    )
+    app = web.Application(middlewares=[edge(settings)], client_max_size=settings.body_limit)
+    app[CONTEXT] = context
+    app[LIMITS] = Limits(settings)
+    app[METRICS] = Metrics(context)
+    app.add_routes(routes())
+    app.on_response_prepare.append(stamp(settings))
+    app.cleanup_ctx.append(outside.opened)
+    app.cleanup_ctx.append(_tokens_closed)
+    app.cleanup_ctx.append(_feed_running)
+    app.on_shutdown.append(_drain)
+    return app
+
+
+class Outside:
+    """The client for an outside issuer's keys. Opened with the application, since it belongs to its loop."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+
+    async def opened(self, _: web.Application) -> AsyncIterator[None]:
+        """Open while the application runs."""
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_OUTSIDE_DEADLINE)) as self._session:
+            yield
+
+    async def fetch_json(self, url: str) -> dict[str, Any]:
+        """The JSON object at `url`, within 5 s and 1 MiB. Raises IssuerUnavailable with what went wrong."""
+        if self._session is None:
+            raise IssuerUnavailable("The gateway has not started yet.")
+        try:
+            async with self._session.get(url, raise_for_status=True) as answer:
+                document = orjson.loads(await _read(answer))
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise IssuerUnavailable(f"The issuer's keys cannot be fetched: {type(error).__name__}.") from error
+        if not isinstance(document, dict):
+            raise IssuerUnavailable("The issuer's keys are no JSON object.")
+        return document
+
+
+async def _read(answer: aiohttp.ClientResponse) -> bytes:
+    body = bytearray()
+    async for chunk in answer.content.iter_any():
+        body += chunk
+        if len(body) > _OUTSIDE_LIMIT:
+            raise ValueError("too large")
+    return bytes(body)
+
+
+async def _tokens_closed(app: web.Application) -> AsyncIterator[None]:
+    yield
+    await app[CONTEXT].tokens.close()
+
+
+async def _feed_running(app: web.Application) -> AsyncIterator[None]:
+    feed = asyncio.create_task(app[CONTEXT].feed.run(), name="gateway feed")
+    feed.add_done_callback(_tell_end)
+    app[FEED] = feed
+    yield
+    feed.cancel()
+    await asyncio.wait([feed])
+
+
+def _tell_end(feed: asyncio.Task[None]) -> None:
+    if not feed.cancelled() and (error := feed.exception()):
+        log.critical("the feed has ended: no event reaches anybody", exc_info=error)
+
+
+async def _drain(app: web.Application) -> None:
+    """Let the sockets go, within the grace. Requests that are under way get the rest of it from the runner."""
+    context = app[CONTEXT]
+    try:
+        async with asyncio.timeout(context.settings.shutdown_grace):
+            await context.hub.drain()
+    except TimeoutError:
+        log.warning("some connections did not end in time", left=len(context.hub.connections))
+
+
+@asynccontextmanager
+async def listening(app: web.Application, settings: GatewaySettings) -> AsyncIterator[int]:
+    """Serve `app` while the body runs; yields the port. At the end: no new connections, drain, finish, close.
+
+    Raises SettingsError when the address cannot be listened on. The body should watch `app[FEED]`: see `until_failure`.
+    """
+    runner = web.AppRunner(
+        app, access_log=None, handle_signals=False, shutdown_timeout=settings.shutdown_grace, keepalive_timeout=75
+    )
+    try:
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, settings.host, settings.port, reuse_address=True, backlog=1024).start()
+        except OSError as error:
+            raise SettingsError(_cannot_listen(settings, error)) from error
+        yield int(runner.addresses[0][1])
+    finally:
+        await runner.cleanup()
+
+
+async def until_failure(app: web.Application) -> None:
+    """Wait, for ever if all is well; raises what ended the feed, after which this process is of no use."""
+    await asyncio.shield(app[FEED])
+
+
+def _cannot_listen(settings: GatewaySettings, error: OSError) -> str:
+    where = f"{settings.host}:{settings.port}"
+    if error.errno == errno.EADDRINUSE:
+        return f"PORT: {where} is in use by another process: stop it, or set another PORT"
+    if error.errno == errno.EACCES:
+        return f"PORT: this user may not listen on {where}: set a PORT above 1023"
+    return f"HOST: cannot listen on {where}: {error.strerror or error}"

@@ -1,0 +1,60 @@
+"""The header `Idempotency-Key`: a request that is sent again is answered again, and carried out once.
+
+The key is claimed by a row in the transaction that does the work, so that a second request with the same key waits
+for the first one's commit, and takes over when it was rolled back
+(https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from gateway.operation import Call
+from gateway.problems import Problem
+
+HEADER = "Idempotency-Key"
+HELP = "Any string of 1 to 255 visible characters; a repeated request with it gets the first one's answer for a day."
+_MAX_LENGTH = 255
+
+# An answer is kept for a day; then the key may be used anew.
+_CLAIM = """
+    INSERT INTO idempotency_keys AS kept (user_id, key, request_hash, status, body) VALUES ($1, $2, $3, 0, '')
+    ON CONFLICT (user_id, key) DO UPDATE
+       SET request_hash = excluded.request_hash, status = 0, body = '', created_at = now()
+     WHERE kept.created_at < now() - interval '1 day'
+    RETURNING true"""
+
+
+async def once(call: Call, perform: Callable[[], Awaitable[web.Response]]) -> web.Response:
+    """The answer of `perform`, or, when this key has been answered, that answer. Within the caller's transaction.
+
+    Raises Problem 422 when the key came with another request, and 400 when it is malformed.
+    """
+    key = call.request.headers.get(HEADER)
+    if key is None:
+        return await perform()
+    if not 0 < len(key) <= _MAX_LENGTH or not key.isascii() or not key.isprintable():
+        raise Problem(400, f"{HEADER} must be 1 to {_MAX_LENGTH} visible ASCII characters.")
+    request = hashlib.sha256(f"{call.request.method} {call.request.path}\n".encode() + await call.request.read())
+    user_id = call.identity.user_id
+    if await call.connection.fetchval(_CLAIM, user_id, key, request.digest()):
+        response = await perform()
+        await call.connection.execute(
+            "UPDATE idempotency_keys SET status = $3, body = $4 WHERE user_id = $1 AND key = $2",
+            user_id, key, response.status, response.body,
+        )  # fmt: skip
+        return response
+    kept = await call.connection.fetchrow(
+        "SELECT request_hash, status, body FROM idempotency_keys WHERE user_id = $1 AND key = $2", user_id, key
+    )
+    if kept["request_hash"] != request.digest():
+        raise Problem(422, f"This {HEADER} was sent with another request.", errors={HEADER: ["Already used."]})
+    return web.Response(
+        status=kept["status"],
+        body=kept["body"],
+        content_type="application/json",
+        headers={"Cache-Control": "no-store", "Idempotency-Replayed": "true"},
+    )
