@@ -1,0 +1,264 @@
+"""`cluster-code dev`: gateway, orchestrator, event log and database in one process, for a newcomer and for one machine.
+
+    DATA_DIR held -> database up -> schema current -> first start's rows -> orchestrator -> listening -> announced
+
+The end goes the same way back. The first signal lets sockets and requests go within SHUTDOWN_GRACE, then ends the
+sessions' processes, then the database; each further signal cuts the step short that is being waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import structlog
+import uvloop
+
+import migrations
+from auth import accounts, passwords
+from auth.errors import Taken
+from gateway import app as gateway
+from gateway.settings import GatewaySettings, RealtimeSettings
+from gateway.token_settings import token_settings
+from orchestrator import machines
+from orchestrator.database import Pool, open_pool, require_schema
+from orchestrator.errors import SettingsError
+from orchestrator.eventlog.memory import MemoryLog
+from orchestrator.providers.registry import open_provider
+from orchestrator.run import Orchestrator
+from orchestrator.settings import DatabaseSettings, OrchestratorSettings, load
+from scripts import logs, users
+from scripts.embedded import EmbeddedPostgres
+from scripts.instance import Instance
+from scripts.settings import DevSettings
+from scripts.target import DATABASE
+
+if TYPE_CHECKING:
+    from environs import Env
+
+log = structlog.get_logger("dev")
+
+_CONFIGS = Path(__file__).parent.parent / "configs"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that can be set, read and checked before anything is touched."""
+
+    gateway: GatewaySettings
+    orchestrator: OrchestratorSettings
+    dev: DevSettings
+    # None: the embedded one.
+    database: DatabaseSettings | None
+
+    @classmethod
+    def read(cls, env: Env) -> Settings:
+        """Raises SettingsError."""
+        return cls(
+            gateway=load(GatewaySettings, env, realtime=load(RealtimeSettings, env)),
+            orchestrator=load(OrchestratorSettings, env),
+            dev=load(DevSettings, env),
+            database=load(DatabaseSettings, env) if env.str("DATABASE_URL", "") else None,
+        )
+
+
+class Signals:
+    """The first signal asks for the end (`stopping`); before the start is done, and later ones, cancel the task."""
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self.stopping = asyncio.Event()
+        self.ready = False
+        self._task = task
+
+    def __call__(self, number: signal.Signals) -> None:
+        """Take one signal."""
+        if self.ready and not self.stopping.is_set():
+            log.info("ending: again to hurry", signal=number.name)
+            self.stopping.set()
+        else:
+            self._task.cancel()
+
+
+def main(env: Env) -> None:
+    """Run until a signal. Raises SettingsError, and SystemExit(130) when it was interrupted before it was ready."""
+    logs.configure(env)
+    settings = Settings.read(env)
+    try:
+        uvloop.run(_main(env, settings))
+    except asyncio.CancelledError:
+        sys.exit(130)
+
+
+async def _main(env: Env, settings: Settings) -> None:
+    started = time.monotonic()
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101  For mypy: a coroutine runs in a task.
+    signals = Signals(task)
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, signals, number)
+    async with AsyncExitStack() as stack:
+        instance = Instance(settings.orchestrator.data_dir)
+        stack.enter_context(instance.hold("cluster-code dev"))
+        tokens = token_settings(env, secret=instance.jwt_secret())
+        _require_free(settings.gateway)
+        parts: list[Awaitable[Any]] = []
+        database = settings.database or load(
+            DatabaseSettings, env, url=await stack.enter_async_context(_embedded(instance, parts))
+        )
+        pool = await stack.enter_async_context(_pool(database))
+        await _current_schema(pool, database)
+        made = await _first_start(pool, settings.dev)
+        events = MemoryLog()
+        stack.push_async_callback(events.close)
+        orchestrator = Orchestrator(
+            settings=settings.orchestrator,
+            database_settings=database,
+            pool=pool,
+            log=events,
+            open_provider=open_provider,
+            alone=settings.database is None,
+        )
+        parts.append(await stack.enter_async_context(_running(orchestrator.run(), "orchestrator")))
+        app = gateway.build(settings.gateway, tokens, pool, events, database)
+        port = await stack.enter_async_context(gateway.listening(app, settings.gateway))
+        url = f"http://{_shown(settings.gateway.host)}:{port}"
+        stack.enter_context(instance.announce(url, None if settings.database else database.url))
+        if made:
+            _print_admin(url, *made)
+        click.echo(f"Ready: {url} (in {time.monotonic() - started:.1f} s). Ctrl-C ends it.")
+        signals.ready = True
+        await _until(signals.stopping, [*parts, gateway.until_failure(app)])
+
+
+@asynccontextmanager
+async def _embedded(instance: Instance, parts: list[Awaitable[Any]]) -> AsyncIterator[str]:
+    """The embedded database, started again whenever it ends by itself; yields its URL."""
+    server = EmbeddedPostgres(instance.directory)
+    try:
+        await server.start()
+        url = await server.create_database(DATABASE)
+        async with _running(server.supervise(), "database supervisor") as task:
+            parts.append(task)
+            yield url
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def _pool(database: DatabaseSettings) -> AsyncIterator[Pool]:
+    pool = await open_pool(database, name="cluster-code dev")
+    try:
+        yield pool
+    finally:
+        try:
+            async with asyncio.timeout(2):
+                await pool.close()
+        except TimeoutError:
+            pool.terminate()
+
+
+@asynccontextmanager
+async def _running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[asyncio.Task[None]]:
+    """`work` as a task, cancelled and waited for at the end; being cancelled meanwhile cancels it once more."""
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield task
+    finally:
+        hurried = None
+        while not task.done():
+            task.cancel()
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                hurried = error
+        if hurried:
+            raise hurried
+
+
+async def _until(stopping: asyncio.Event, parts: list[Awaitable[Any]]) -> None:
+    """Return when asked to stop; raise when one of the parts ends, which none does by itself."""
+    asked = asyncio.create_task(stopping.wait(), name="stopping")
+    futures = [asyncio.ensure_future(part) for part in parts]
+    try:
+        done, _ = await asyncio.wait([asked, *futures], return_when=asyncio.FIRST_COMPLETED)
+        for ended in done - {asked}:
+            ended.result()
+            raise RuntimeError(f"{ended} has ended")
+    finally:
+        asked.cancel()
+        futures[-1].cancel()  # Only watches; the others are their makers' to end.
+
+
+async def _current_schema(pool: Pool, database: DatabaseSettings) -> None:
+    async with pool.acquire() as connection:
+        missing = await migrations.pending(connection)
+    if missing:
+        applied = await asyncio.to_thread(migrations.apply, database.url)
+        log.info("schema brought up to date", applied=applied)
+    await require_schema(pool)
+
+
+async def _first_start(pool: Pool, settings: DevSettings) -> tuple[str, str | None] | None:
+    """Import the examples while there is no provider, and make an administrator while there is none.
+
+    Returns the address of the administrator made now, and the password when it was generated.
+    """
+    async with pool.acquire() as connection:
+        if not await connection.fetchval("SELECT EXISTS (SELECT FROM providers)"):
+            for name in ("providers.yaml", "machine-configs.yaml"):
+                await machines.apply(connection, machines.read_file(_CONFIGS / name))
+                log.info("imported", file=f"configs/{name}")
+        if await connection.fetchval("SELECT EXISTS (SELECT FROM users WHERE is_admin AND NOT is_disabled)"):
+            return None
+    password = settings.admin_password or users.generate_password()
+    password_hash = await passwords.hash(password)
+    async with pool.acquire() as connection:
+        try:
+            await accounts.register(connection, settings.admin_email, password_hash, "Administrator", is_admin=True)
+        except Taken as error:
+            raise SettingsError(f"ADMIN_EMAIL: {error} It is no administrator: name another address.") from error
+    return settings.admin_email, None if settings.admin_password else password
+
+
+def _print_admin(url: str, email: str, password: str | None) -> None:
+    lines = [f"A first administrator was made: {email}"]
+    if password:
+        lines += [f"Password: {password}", "It is shown this once. Change it by PUT /api/v1/users/me."]
+    lines.append(f"Sign in: POST {url}/api/v1/auth/login")
+    width = max(map(len, lines))
+    click.echo(f"┌{'─' * (width + 2)}┐")
+    for line in lines:
+        click.echo(f"│ {line:{width}} │")
+    click.echo(f"└{'─' * (width + 2)}┘")
+
+
+def _require_free(settings: GatewaySettings) -> None:
+    """Raise SettingsError at once, and not after the database has started, when the port is taken."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            where = f"{settings.host}:{settings.port}"
+            raise SettingsError(
+                f"PORT: cannot listen on {where}: {error.strerror}. Set another PORT or HOST"
+            ) from error
+
+
+def _shown(host: str) -> str:
+    """A host that a browser on this machine can open."""
+    if host in ("0.0.0.0", "::", ""):  # noqa: S104  Compared, not bound.
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

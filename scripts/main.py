@@ -1,0 +1,334 @@
+"""`cluster-code`: the commands of operators and developers.
+
+What is expected to go wrong is told in one line on stderr: exit 2 when a setting or the usage is wrong, 1 when the work
+failed. Everything heavy is imported by the command that needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from environs import Env
+
+T = TypeVar("T")
+
+_FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would change, and change nothing.")
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns the exit code. Expected errors are told on stderr."""
+    try:
+        code = cli.main(arguments, prog_name="cluster-code", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("cluster-code: interrupted", err=True)
+        return 130
+    except Exception as error:
+        code = _expected(error)
+        if code is None:
+            raise
+        click.echo(f"cluster-code: {error}", err=True)
+    return code if isinstance(code, int) else 0
+
+
+def _expected(error: Exception) -> int | None:
+    """The exit code of an error that we raise on purpose; None: a bug, which deserves its traceback."""
+    from auth.errors import AuthError
+    from orchestrator.errors import ClusterCodeError, SchemaOutdated, SettingsError
+
+    if isinstance(error, SettingsError | SchemaOutdated):
+        return 2
+    return 1 if isinstance(error, ClusterCodeError | AuthError) else None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cluster-code")
+def cli() -> None:
+    """Cluster Code: development sessions for every project, and every event of theirs in the browser.
+
+    Settings come from the environment and from .env; `cluster-code settings` lists them.
+    """
+
+
+@cli.command()
+def dev() -> None:
+    """Run everything in one process, on the embedded PostgreSQL."""
+    from scripts import dev
+
+    dev.main(_env())
+
+
+@cli.command()
+def serve() -> None:
+    """Run one gateway."""
+    from gateway.__main__ import main as run_gateway
+    from scripts import logs
+
+    logs.configure(_env())
+    sys.exit(run_gateway())
+
+
+@cli.command()
+def worker() -> None:
+    """Run one orchestrator."""
+    from orchestrator.__main__ import main as run_orchestrator
+    from scripts import logs
+
+    logs.configure(_env())
+    sys.exit(run_orchestrator())
+
+
+@cli.command()
+@click.option("--url", help="The server; by default the `cluster-code dev` that runs on DATA_DIR.")
+@click.option("--repo", envvar="REPO", help="URL of a Git repository; by default a small one is made and served.")
+@click.option("--branch", envvar="BRANCH", help="Its branch; by default the repository's own.")
+@click.option("--email", help="An account to sign in with; by default a throw-away one is registered.")
+@click.option("--password", envvar="DEMO_PASSWORD", hidden=True)
+@click.option("--deadline", type=click.FloatRange(min=1), default=120, show_default=True, help="Seconds for all of it.")
+def demo(
+    url: str | None, repo: str | None, branch: str | None, email: str | None, password: str | None, deadline: float
+) -> None:
+    """See a session come and go: sign in, watch the socket, start, fetch the preview, delete.
+
+    The password of --email is read from DEMO_PASSWORD or asked for.
+    """
+    from scripts.demo import Options
+    from scripts.demo import main as run_demo
+
+    if email and password is None:
+        password = click.prompt("Password", hide_input=True)
+    sys.exit(run_demo(_env(), Options(url, repo, branch, email, password, deadline)))
+
+
+@cli.command("settings")
+@click.option("--env", "form", flag_value="env", help="As .env.example.")
+@click.option("--markdown", "form", flag_value="markdown", help="As the README's table.")
+def settings_(form: str | None) -> None:
+    """List every variable that can be set."""
+    from scripts import reference
+
+    if form == "env":
+        click.echo(reference.env_file(), nl=False)
+    elif form == "markdown":
+        click.echo(reference.markdown(), nl=False)
+    else:
+        _print_table(reference.table())
+
+
+@cli.command("migrate:up")
+def migrate_up() -> None:
+    """Bring the database's schema up to date. Safe to run from several machines at once."""
+    from scripts import schema
+
+    for migration in (done := _run(schema.up)):
+        click.echo(f"applied {migration}")
+    click.echo("The schema is up to date." if done else "The schema was up to date already.")
+
+
+@cli.command("migrate:down")
+@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many migrations.")
+def migrate_down(count: int) -> None:
+    """Take the last migrations back, with the data that their tables hold."""
+    from scripts import schema
+
+    for migration in (done := _run(schema.down, count)):
+        click.echo(f"took back {migration}")
+    if not done:
+        click.echo("There was no migration to take back.")
+
+
+@cli.command("migrate:status")
+def migrate_status() -> None:
+    """List the migrations, and whether the database has them."""
+    from scripts import schema
+
+    for one in _run(schema.status):
+        click.echo(f"{'applied' if one.applied else 'missing':8} {one.migration}")
+
+
+@cli.command("import-machine-configs")
+@_FILE
+@_DRY_RUN
+def import_machine_configs(file: Path, dry_run: bool) -> None:
+    """Make the providers and machine configs what the YAML FILE says: all of it, or nothing."""
+    from scripts import machines
+
+    _print_changes(_run(machines.import_file, file, dry_run=dry_run), dry_run=dry_run)
+
+
+@cli.command("sync-users")
+@_FILE
+@_DRY_RUN
+def sync_users(file: Path, dry_run: bool) -> None:
+    """Make the accounts what FILE says: a JSON or YAML list of {id, email, name[, deleted]}. All of it, or nothing."""
+    from scripts import sync
+
+    _print_changes(_run(sync.sync, file, dry_run=dry_run), dry_run=dry_run)
+
+
+@cli.group()
+def provider() -> None:
+    """The places where sessions run."""
+
+
+@provider.command("add")
+@click.argument("name")
+@click.option("--kind", type=click.Choice(["local", "docker", "devpod", "kubernetes"]), required=True)
+@click.option(
+    "--option", "pairs", metavar="KEY=VALUE", multiple=True, help="An option of the provider; may be repeated."
+)
+@click.option("--default", is_flag=True, help="Sessions that name no provider get this one.")
+def provider_add(name: str, kind: str, pairs: tuple[str, ...], default: bool) -> None:
+    """Add a provider."""
+    from scripts import machines
+
+    try:
+        options = machines.options(pairs)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--option") from error
+    _run(machines.add, name, kind, options, default=default)
+    click.echo(f"provider {name}: added")
+
+
+@provider.command("list")
+def provider_list() -> None:
+    """List the providers, and what was found when they were last reached for."""
+    from rich.table import Table
+
+    from scripts import machines
+
+    table = Table("Name", "Kind", "Default", "Enabled", "State", "Message", highlight=False)
+    for row in _run(machines.providers):
+        table.add_row(row.name, row.kind, _yes(row.is_default), _yes(row.enabled), row.state, row.message)
+    _print_table(table)
+
+
+@provider.command("remove")
+@click.argument("name")
+def provider_remove(name: str) -> None:
+    """Remove a provider that nothing uses."""
+    from scripts import machines
+
+    _run(machines.remove, name)
+    click.echo(f"provider {name}: removed")
+
+
+@cli.group()
+def user() -> None:
+    """The accounts."""
+
+
+@user.command("create")
+@click.argument("email")
+@click.option("--name", help="Shown to others; by default what comes before the @.")
+@click.option("--admin", is_flag=True, help="Make an administrator.")
+@click.option("--generate", is_flag=True, help="Make a password and print it, instead of asking for one.")
+def user_create(email: str, name: str | None, admin: bool, generate: bool) -> None:
+    """Make an account. Its password is asked for, read from standard input, or made and printed once (--generate)."""
+    from scripts import users
+
+    password = users.generate_password() if generate else _read_password()
+    made = _run(users.create, email, name or email.partition("@")[0], password, admin=admin)
+    click.echo(f"user {made.id} ({made.email}): added")
+    if generate:
+        click.echo(f"password: {password}")
+
+
+@cli.group()
+def token() -> None:
+    """Main tokens."""
+
+
+@token.command("issue")
+@click.argument("email")
+@click.option(
+    "--scope", "scopes", type=click.Choice(["read", "write", "admin"]), multiple=True, help="May be repeated."
+)
+@click.option("--channel", "channels", metavar="PATTERN", multiple=True, help="A foreign channel, such as app:*.")
+@click.option("--expires", metavar="TIME", help="Such as 90s, 30m, 1h or 7d; by default ACCESS_TOKEN_TTL.")
+def token_issue(email: str, scopes: tuple[str, ...], channels: tuple[str, ...], expires: str | None) -> None:
+    """Print a main token of the user EMAIL, and nothing else. Without --scope it may do all that the user may."""
+    from scripts import users
+
+    try:
+        expires_in = users.seconds(expires) if expires is not None else None
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--expires") from error
+    click.echo(_run(users.issue_token, email, scopes, channels, expires_in))
+
+
+@cli.group()
+def exchange() -> None:
+    """The RabbitMQ exchange that other services publish to."""
+
+
+@exchange.command("declare")
+def exchange_declare() -> None:
+    """Declare the exchange, the stream and their bindings."""
+    from orchestrator.errors import SettingsError
+
+    raise SettingsError("exchange declare needs RabbitMQ (AMQP_URL), which this version does not support yet")
+
+
+def _env() -> Env:
+    from orchestrator.settings import environment
+
+    return environment()
+
+
+def _run(command: Any, *arguments: Any, **options: Any) -> Any:
+    """Run an admin command's coroutine function, quiet but for warnings."""
+    from scripts import logs
+
+    env = _env()
+    logs.configure(env, at_least="warning")
+    work: Coroutine[Any, Any, Any] = command(env, *arguments, **options)
+    return asyncio.run(work)
+
+
+def _read_password() -> str:
+    if sys.stdin.isatty():
+        return str(click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
+    password = sys.stdin.readline().rstrip("\r\n")
+    if not password:
+        raise click.UsageError("standard input gave no password: pipe one line in, or use --generate")
+    return password
+
+
+def _print_changes(changes: list[Any], *, dry_run: bool) -> None:
+    for change in changes:
+        click.echo(str(change))
+    if not any(change.action != "unchanged" for change in changes):
+        click.echo("Nothing to change.")
+    elif dry_run:
+        click.echo("This was a dry run: nothing was changed.")
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    # Not cut to 80 columns when it goes into a file or a pipe.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else ""
+
+
+if __name__ == "__main__":
+    main()
