@@ -1,0 +1,239 @@
+"""The providers that are open in this process: opened, changed and closed as the table `providers` says.
+
+Each is watched (what happens to its sessions by themselves) and checked regularly (`providers.state`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol, TypeAlias
+
+import structlog
+
+from orchestrator.database import UNAVAILABLE, Pool, backoff
+from orchestrator.errors import ClusterCodeError, ProviderUnavailable
+from orchestrator.providers.contract import LogSink, Observation, Provider
+
+log = structlog.get_logger("providers")
+
+# Seconds between two checks of each provider, and how long one may take.
+CHECK_INTERVAL = 15.0
+CHECK_DEADLINE = 10.0
+# Seconds after which `checked_at` is written although nothing changed.
+TOUCH_INTERVAL = 60.0
+# Seconds that a provider gets to close.
+CLOSE_DEADLINE = 30.0
+
+
+class OpenProvider(Protocol):
+    """Makes the provider of a row: `providers.registry.open_provider`, or a test's."""
+
+    def __call__(self, kind: str, name: str, options: Mapping[str, Any], *, data_dir: Path, sink: LogSink) -> Provider:
+        """Raises ClusterCodeError when the options do not make a provider."""
+        ...
+
+
+# Told of a session's id and what its provider saw.
+OnObservation: TypeAlias = Callable[[int, Observation], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    name: str
+    kind: str
+    options: Mapping[str, Any]
+    enabled: bool
+
+
+@dataclass(slots=True)
+class _Member:
+    """One row. `provider` is None when it is not open: `why` says so to the users of its sessions."""
+
+    config: _Config
+    provider: Provider | None = None
+    why: str = ""
+    watch: asyncio.Task[None] | None = None
+    # What was last written: (state, message), and when (monotonic).
+    told: tuple[str, str] | None = None
+    told_at: float = field(default=0.0)
+
+
+class Fleet:
+    """All providers of the table. `refresh` before use, `close` at the end."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        open_provider: OpenProvider,
+        *,
+        data_dir: Path,
+        sink: LogSink,
+        on_observation: OnObservation,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._pool = pool
+        self._open_provider = open_provider
+        self._data_dir = data_dir
+        self._sink = sink
+        self._on_observation = on_observation
+        self._on_change = on_change
+        self._members: dict[int, _Member] = {}
+        self._refreshing = asyncio.Lock()
+        self._closed = False
+
+    async def find(self, provider_id: int | None) -> Provider:
+        """The open provider with this id, looked up in the table when it is new.
+
+        Raises ProviderUnavailable, saying why there is none, and what is in `database.UNAVAILABLE`.
+        """
+        if provider_id is not None and provider_id not in self._members:
+            await self.refresh()
+        member = self._members.get(provider_id) if provider_id is not None else None
+        if member is None:
+            raise ProviderUnavailable("The session's provider was removed.")
+        if member.provider is None:
+            raise ProviderUnavailable(member.why)
+        return member.provider
+
+    async def refresh(self) -> None:
+        """Open, reopen and close providers as the table says now."""
+        async with self._refreshing:
+            if self._closed:
+                return
+            async with self._pool.acquire() as connection:
+                rows = await connection.fetch("SELECT id, name, kind, options, enabled FROM providers ORDER BY id")
+            wanted = {row["id"]: _Config(row["name"], row["kind"], row["options"], row["enabled"]) for row in rows}
+            changed = False
+            for provider_id in [*self._members]:
+                member = self._members[provider_id]
+                config = wanted.get(provider_id)
+                # One that could not be opened may fare better now.
+                if config == member.config and (member.provider is not None or not config.enabled):
+                    continue
+                changed = changed or member.config != config
+                if member.provider is not None:
+                    await self._close(member)
+                del self._members[provider_id]
+            for provider_id, config in wanted.items():
+                if provider_id not in self._members:
+                    self._members[provider_id] = self._open(config)
+                    changed = True
+        if changed:
+            self._on_change()
+
+    async def check(self) -> None:
+        """Ask each open provider whether it can be used, all at once, and write down what changed."""
+        members = {key: member for key, member in self._members.items() if member.config.enabled}
+        states = await asyncio.gather(*(_state(member) for member in members.values()))
+        for (provider_id, member), state in zip(members.items(), states, strict=True):
+            if state == member.told and monotonic() < member.told_at + TOUCH_INTERVAL:
+                continue
+            await self._tell(provider_id, state)
+            recovered = state[0] == "up" and member.told is not None and member.told[0] != "up"
+            if state != member.told:
+                log.info("provider checked", provider=member.config.name, state=state[0], message=state[1])
+            member.told, member.told_at = state, monotonic()
+            if recovered:
+                self._on_change()
+
+    async def close(self) -> None:
+        """Close all, each within a deadline."""
+        self._closed = True
+        async with self._refreshing:
+            members, self._members = list(self._members.values()), {}
+            await asyncio.gather(*(self._close(member) for member in members if member.provider is not None))
+
+    async def _tell(self, provider_id: int, state: tuple[str, str]) -> None:
+        async with self._pool.acquire() as connection, connection.transaction():
+            before = await connection.fetchval(
+                "SELECT state FROM providers WHERE id = $1 FOR NO KEY UPDATE", provider_id
+            )
+            await connection.execute(
+                "UPDATE providers SET state = $2, message = $3, checked_at = now() WHERE id = $1", provider_id, *state
+            )
+            if state[0] == "up" and before == "down":
+                # Its sessions need not wait for the end of their back-off.
+                await connection.execute(
+                    """WITH due AS (
+                           UPDATE sessions SET next_attempt_at = now()
+                            WHERE provider_id = $1 AND stale AND next_attempt_at > now() RETURNING id)
+                       SELECT pg_notify('sessions', '') FROM due LIMIT 1""",
+                    provider_id,
+                )
+
+    def _open(self, config: _Config) -> _Member:
+        member = _Member(config)
+        if not config.enabled:
+            member.why = f"The provider {config.name!r} is disabled."
+            return member
+        try:
+            member.provider = self._open_provider(
+                config.kind, config.name, config.options, data_dir=self._data_dir, sink=self._sink
+            )
+        except Exception as error:
+            reason = str(error) if isinstance(error, ClusterCodeError) else type(error).__name__
+            member.why = f"The provider {config.name!r} cannot be opened: {reason}"
+            log.exception("provider cannot be opened", provider=config.name, kind=config.kind)
+            return member
+        log.info("provider opened", provider=config.name, kind=config.kind)
+        member.watch = asyncio.create_task(self._watch(config.name, member.provider), name=f"watch {config.name}")
+        return member
+
+    async def _close(self, member: _Member) -> None:
+        if member.watch is not None:
+            member.watch.cancel()
+            await asyncio.wait({member.watch})
+        try:
+            if member.provider is not None:
+                async with asyncio.timeout(CLOSE_DEADLINE):
+                    await member.provider.close()
+        except Exception:
+            log.exception("provider does not close", provider=member.config.name)
+        log.info("provider closed", provider=member.config.name)
+
+    async def _watch(self, name: str, provider: Provider) -> None:
+        """Pass on what a provider reports, for ever: a report that the database could not take is passed on again."""
+        failures = 0
+        while True:
+            began = monotonic()
+            try:
+                async for ref, observation in provider.watch():
+                    await self._pass_on(name, ref.session_id, observation)
+                log.warning("watch ended by itself", provider=name)
+            except ProviderUnavailable as error:
+                log.warning("watch lost", provider=name, error=str(error))
+            except Exception:
+                log.exception("watch broke", provider=name)
+            failures = failures + 1 if monotonic() - began < TOUCH_INTERVAL else 1
+            await asyncio.sleep(backoff(failures, cap=30.0))
+
+    async def _pass_on(self, name: str, session_id: int, observation: Observation) -> None:
+        failures = 0
+        while True:
+            try:
+                return await self._on_observation(session_id, observation)
+            except UNAVAILABLE as error:
+                failures += 1
+                log.warning("report waits", provider=name, error=str(error) or type(error).__name__, failures=failures)
+                await asyncio.sleep(backoff(failures))
+
+
+async def _state(member: _Member) -> tuple[str, str]:
+    """`(state, message)` as the table has them."""
+    if member.provider is None:
+        return "down", member.why
+    try:
+        async with asyncio.timeout(CHECK_DEADLINE):
+            await member.provider.check()
+    except ProviderUnavailable as error:
+        return "down", str(error)
+    except TimeoutError:
+        return "down", f"The provider did not answer within {CHECK_DEADLINE:.0f} seconds."
+    except Exception as error:
+        log.exception("check failed", provider=member.config.name)
+        return "down", f"The check failed unexpectedly ({type(error).__name__})."
+    return "up", ""

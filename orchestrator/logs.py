@@ -1,0 +1,201 @@
+"""The output of sessions: from a provider's sink, in batches, into `session_logs` and into the event log.
+
+The sink never waits. What comes faster than it can be stored is dropped, counted, and told as one line in its place.
+Lines skip the outbox (`design.md`): what is stored but was not published when the process died is read by REST.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import structlog
+
+from orchestrator import events
+from orchestrator.database import UNAVAILABLE, Connection, Pool, backoff
+from orchestrator.errors import LogUnavailable
+from orchestrator.eventlog.contract import EventLog
+from orchestrator.events import Event
+from orchestrator.providers.contract import LogLine
+from orchestrator.sessions.record import moment
+from orchestrator.text import clean
+
+log = structlog.get_logger("logs")
+
+# Bytes of one line.
+MAX_LINE = 8 << 10
+# What waits to be stored: lines, and bytes of them.
+MAX_WAITING = 20_000
+MAX_WAITING_BYTES = 16 << 20
+# A batch is written when it has so many lines, or when its first one is so many seconds old.
+BATCH = 256
+PATIENCE = 0.1
+# Lines that a session may have above what is kept, as a share of it, before the oldest are deleted.
+_SLACK = 0.1
+_AWAY: tuple[type[BaseException], ...] = (*UNAVAILABLE, LogUnavailable)
+_COLUMNS = ("session_id", "at", "service", "stream", "line")
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    session_id: int
+    at: datetime
+    service: str
+    stream: str
+    line: str
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Lines on their way. `events` is what is to be published of them once they are stored."""
+
+    lines: list[_Line]
+    events: list[Event] | None = None
+
+
+class LogWriter:
+    """`sink` takes lines, `run` stores and publishes them until cancelled, `flush` does so with what is left."""
+
+    def __init__(self, pool: Pool, event_log: EventLog, *, keep: int) -> None:
+        self._pool = pool
+        self._event_log = event_log
+        self._keep = keep
+        self._waiting: deque[_Line] = deque()
+        self._bytes = 0
+        self._some = asyncio.Event()
+        self._full = asyncio.Event()
+        self._lost: Counter[int] = Counter()
+        self._unfinished: _Batch | None = None
+        # Lines stored for a session since it was last pruned.
+        self._since_pruned: dict[int, int] = {}
+        self.dropped = 0
+
+    def sink(self, line: LogLine) -> None:
+        """Take a line, from the event loop's thread; returns at once."""
+        text = clean(line.line, MAX_LINE)
+        if len(self._waiting) >= MAX_WAITING or self._bytes + len(text) > MAX_WAITING_BYTES:
+            self._lost[line.session_id] += 1
+            self.dropped += 1
+            return
+        self._bytes += len(text)
+        self._waiting.append(
+            _Line(line.session_id, datetime.now(UTC), clean(line.service, 200), clean(line.stream, 200), text)
+        )
+        self._some.set()
+        if len(self._waiting) >= BATCH:
+            self._full.set()
+
+    async def run(self) -> None:
+        """Write batches for ever. A batch that is under way when this is cancelled is left to `flush`."""
+        while True:
+            await self.iterate()
+
+    async def iterate(self) -> None:
+        """Wait for lines, then write one batch of them, however long the database and the log are away."""
+        await self._some.wait()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self._full.wait()
+        except TimeoutError:
+            log.debug("the first line has waited long enough")
+        await self._write_next()
+
+    async def flush(self, timeout: float) -> None:
+        """Write what is waiting, for at most `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self._unfinished or self._waiting or self._lost:
+                    await self._write_next()
+        except TimeoutError:
+            log.warning("output of sessions lost at the end", lines=len(self._waiting))
+
+    async def _write_next(self) -> None:
+        if self._unfinished is None:
+            self._unfinished = _Batch(self._take())
+        await self._write(self._unfinished)
+        self._unfinished = None
+
+    def _take(self) -> list[_Line]:
+        batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+        self._bytes -= sum(len(line.line) for line in batch)
+        if not self._waiting:
+            self._some.clear()
+            batch += self._tell_lost()
+        if len(self._waiting) < BATCH:
+            self._full.clear()
+        return batch
+
+    def _tell_lost(self) -> list[_Line]:
+        """A line in the place of those that were dropped: they came after all that was waiting."""
+        now = datetime.now(UTC)
+        told = [
+            _Line(
+                session_id, now, "", "system", f"{count} lines were dropped: they came faster than they can be stored."
+            )
+            for session_id, count in self._lost.items()
+        ]
+        self._lost.clear()
+        return told
+
+    async def _write(self, batch: _Batch) -> None:
+        failures = 0
+        while True:
+            try:
+                if batch.events is None:
+                    batch.events = [_event(line) for line in await self._store(batch.lines)]
+                if batch.events:
+                    await self._event_log.publish(batch.events)
+                return
+            except _AWAY as error:
+                failures += 1
+                log.warning("output waits", lines=len(batch.lines), error=str(error) or type(error).__name__)
+                await asyncio.sleep(backoff(failures, cap=5.0))
+
+    async def _store(self, batch: list[_Line]) -> list[_Line]:
+        """Those of the lines whose sessions still exist, which are stored now."""
+        ids = {line.session_id for line in batch}
+        async with self._pool.acquire() as connection, connection.transaction():
+            # Held until the commit, so that no reference breaks; one that is gone would fail the whole COPY.
+            rows = await connection.fetch("SELECT id FROM sessions WHERE id = ANY ($1) FOR KEY SHARE", list(ids))
+            there = {row["id"] for row in rows}
+            lines = [line for line in batch if line.session_id in there]
+            await connection.copy_records_to_table(
+                "session_logs",
+                columns=_COLUMNS,
+                records=[(line.session_id, line.at, line.service, line.stream, line.line) for line in lines],
+            )
+            await self._prune(connection, Counter(line.session_id for line in lines))
+        for session_id in ids - there:
+            self._since_pruned.pop(session_id, None)
+        return lines
+
+    async def _prune(self, connection: Connection, stored: Counter[int]) -> None:
+        slack = int(self._keep * _SLACK) + 1
+        for session_id, count in stored.items():
+            # The first lines that this process stores may come on top of another's.
+            since = self._since_pruned.get(session_id, slack) + count
+            if since > slack:
+                await connection.execute(
+                    """DELETE FROM session_logs WHERE session_id = $1 AND id <= (
+                           SELECT id FROM session_logs WHERE session_id = $1 ORDER BY id DESC OFFSET $2 LIMIT 1)""",
+                    session_id,
+                    self._keep,
+                )
+                since = 0
+            self._since_pruned[session_id] = since
+
+
+def _event(line: _Line) -> Event:
+    return Event(
+        events.SESSION_LOG,
+        events.session_channel(line.session_id),
+        {
+            "session_id": line.session_id,
+            "service": line.service,
+            "stream": line.stream,
+            "line": line.line,
+            "at": moment(line.at),
+        },
+    )

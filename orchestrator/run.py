@@ -1,0 +1,169 @@
+"""The orchestrator's composition root: opens what it needs, runs its named tasks, and closes all in reverse order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from time import monotonic
+from typing import Any
+
+import structlog
+
+from orchestrator import fleet
+from orchestrator.database import UNAVAILABLE, Pool, Wakeup, backoff, guard, leadership, listen
+from orchestrator.eventlog import outbox
+from orchestrator.eventlog.contract import EventLog
+from orchestrator.fleet import Fleet, OpenProvider
+from orchestrator.logs import LogWriter
+from orchestrator.sessions import leases
+from orchestrator.sessions.culling import cull
+from orchestrator.sessions.observe import Observer
+from orchestrator.sessions.reconcile import Reconciler
+from orchestrator.settings import DatabaseSettings, OrchestratorSettings
+from orchestrator.tasks import to_the_end
+
+log = structlog.get_logger("orchestrator")
+
+# The advisory lock of the one that resyncs and culls.
+LEADER_KEY = 0x75706B656570
+# Seconds between two looks for what time has ended.
+CULL_INTERVAL = 60.0
+# Seconds that the last lines of output get to be stored at the end.
+FLUSH_DEADLINE = 5.0
+
+
+class Orchestrator:
+    """Makes sessions what they shall be. Any number may work on one database.
+
+    `run` until cancelled: the first cancellation takes no new work, gives steps that are under way `grace` seconds,
+    gives the rest back so that another goes on at once, and closes the providers. `alone` says that no other
+    orchestrator works on this database (it is embedded): what a killed one held is then taken over at once. The pool
+    and the event log are the caller's, and outlive this.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: OrchestratorSettings,
+        database_settings: DatabaseSettings,
+        pool: Pool,
+        log: EventLog,
+        open_provider: OpenProvider,
+        alone: bool = False,
+        grace: float = 5.0,
+    ) -> None:
+        self._settings = settings
+        self._database_settings = database_settings
+        self._pool = pool
+        self._event_log = log
+        self._alone = alone
+        self._grace = grace
+        self._work = Wakeup()
+        self._outbox = Wakeup()
+        self._upkeep = Wakeup()
+        self._logs = LogWriter(pool, log, keep=settings.log_lines)
+        self._fleet = Fleet(
+            pool,
+            open_provider,
+            data_dir=settings.data_dir,
+            sink=self._logs.sink,
+            on_observation=lambda session_id, seen: self._observer.look(session_id, seen),
+            # Sessions of a provider that was opened anew may be gone.
+            on_change=self._upkeep.set,
+        )
+        self._observer = Observer(settings, pool, self._work, self._fleet.find)
+        self._reconciler = Reconciler(settings, pool, self._work, self._fleet.find)
+        self._culled_at: float | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Work until cancelled. Raises what a root task died of: the process shall end then."""
+        try:
+            await self._open()
+            for name, work in self._roots().items():
+                self._tasks[name] = asyncio.create_task(work, name=name)
+            log.info("orchestrator runs", concurrency=self._settings.concurrency)
+            await self._until_one_ends()
+        finally:
+            # A second cancellation does not wait for the grace to end, but closes what is open all the same.
+            await to_the_end(self._close(), name="orchestrator close", on_cancel=self._reconciler.abandon)
+
+    async def _open(self) -> None:
+        """Take over and open the providers, however long the database is away."""
+        if self._alone:
+            await _until_it_works("take over", self._take_over)
+        await _until_it_works("providers", self._fleet.refresh)
+
+    async def _take_over(self) -> None:
+        async with self._pool.acquire() as connection:
+            if count := await leases.void_all(connection):
+                log.warning("going on with what a killed orchestrator was working on", sessions=count)
+
+    def _roots(self) -> dict[str, Coroutine[Any, Any, None]]:
+        wakeups = {"sessions": self._work, "outbox": self._outbox}
+        poll = self._settings.poll_interval
+        return {
+            "listen": listen(self._database_settings, wakeups),
+            "outbox relay": outbox.relay(self._database_settings, self._event_log, self._outbox, poll),
+            "session output": self._logs.run(),
+            "reconcile": guard("reconcile", self._reconciler.iterate),
+            "upkeep": guard("upkeep", self._lead_upkeep),
+            "providers": guard("providers", self._look_after_providers),
+        }
+
+    async def _until_one_ends(self) -> None:
+        done, _ = await asyncio.wait(self._tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            log.error("root task ended", task=task.get_name(), exc_info=_failure(task))
+        ended = done.pop()
+        raise RuntimeError(f"the orchestrator's task {ended.get_name()!r} ended") from _failure(ended)
+
+    async def _lead_upkeep(self) -> None:
+        """As the leader: inspect what should run, at once and then regularly; end what time has ended."""
+        async with leadership(self._database_settings, LEADER_KEY) as connection:
+            while True:
+                await self._observer.resync(connection)
+                if self._culled_at is None or monotonic() >= self._culled_at + CULL_INTERVAL:
+                    await cull(connection, self._settings)
+                    self._culled_at = monotonic()
+                await self._upkeep.wait(self._settings.resync_interval)
+
+    async def _look_after_providers(self) -> None:
+        await self._fleet.refresh()
+        await self._fleet.check()
+        await asyncio.sleep(fleet.CHECK_INTERVAL)
+
+    async def _close(self) -> None:
+        # Leases are renewed and results recorded while what is under way comes to its end.
+        await self._reconciler.drain(self._grace)
+        await self._end("reconcile", "upkeep", "providers")
+        await self._fleet.close()
+        await self._end("session output")
+        await self._logs.flush(FLUSH_DEADLINE)
+        await self._end(*self._tasks)
+        log.info("orchestrator ended")
+
+    async def _end(self, *names: str) -> None:
+        tasks = [self._tasks.pop(name) for name in names if name in self._tasks]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for task in tasks:
+            if (failed := _failure(task)) is not None:
+                log.error("task failed at the end", task=task.get_name(), exc_info=failed)
+
+
+def _failure(task: asyncio.Task[None]) -> BaseException | None:
+    return None if task.cancelled() else task.exception()
+
+
+async def _until_it_works(name: str, once: Callable[[], Awaitable[None]]) -> None:
+    failures = 0
+    while True:
+        try:
+            return await once()
+        except UNAVAILABLE as error:
+            failures += 1
+            log.warning("database away", task=name, error=str(error) or type(error).__name__, failures=failures)
+            await asyncio.sleep(backoff(failures))

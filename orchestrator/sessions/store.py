@@ -1,0 +1,298 @@
+"""Sessions as the edge sees them: make one, ask for another state, read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import asyncpg
+
+from orchestrator.database import Connection
+from orchestrator.errors import Conflict, Invalid
+from orchestrator.sessions import leases, placement, record
+from orchestrator.sessions.record import COLUMNS, Session, public
+from orchestrator.sessions.state import Desired, Status, requested
+
+if TYPE_CHECKING:
+    from auth.tenants import Project
+
+__all__ = [
+    "LogRecord", "Page", "Session", "SessionEvent", "count_by_status", "create", "events_page", "get", "list_page",
+    "logs", "public", "request",
+]  # fmt: skip
+
+# A total is counted up to here, and pages end here: what is beyond is found by filters.
+COUNTED = 10_000
+_LIVE = [status.value for status in Status if status is not Status.DELETED]
+# Seconds. A delete mostly takes less.
+_WHILE_DELETING = 2
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Item]):
+    """One page of a list. `total` is exact, or, when there are more, `COUNTED`."""
+
+    items: list[Item]
+    total: int
+    total_is_exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEvent:
+    """One line of a session's history."""
+
+    id: int
+    session_id: int
+    at: datetime
+    status: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogRecord:
+    """One line of a session's output, as it is kept."""
+
+    id: int
+    session_id: int
+    at: datetime
+    service: str
+    stream: str
+    line: str
+
+
+async def create(
+    connection: Connection, *, project: Project, user_id: int, provider: str | None, machine_config: str | None
+) -> tuple[Session, bool]:
+    """The project's session, and whether it was made now; within the caller's transaction.
+
+    Of any number of concurrent calls one makes it and the others answer it. Raises Invalid for a provider, machine
+    config or user that does not exist, Conflict while the project's old session is being deleted.
+    """
+    while True:
+        if (existing := await _active(connection, project.id)) is not None:
+            return existing, False
+        placed = await placement.place(connection, provider, machine_config)
+        # None: another call has just made it; this statement has waited for that one's commit.
+        if (session := await _insert(connection, project, user_id, placed)) is not None:
+            await record.tell(connection, session)
+            return session, True
+
+
+async def _active(connection: Connection, project_id: int) -> Session | None:
+    row = await connection.fetchrow(
+        f"SELECT {COLUMNS} FROM sessions WHERE project_id = $1 AND status <> 'deleted'",  # noqa: S608  Our own names.
+        project_id,
+    )
+    if row is None:
+        return None
+    session = Session(*row)
+    if session.desired == Desired.DELETED:
+        raise Conflict(
+            f"The project's session {session.id} is being deleted; a new one can be made when it is gone.",
+            retry_after=_WHILE_DELETING,
+        )
+    return session
+
+
+async def _insert(
+    connection: Connection, project: Project, user_id: int, placed: placement.Placement
+) -> Session | None:
+    session_id: int = await connection.fetchval("SELECT nextval(pg_get_serial_sequence('sessions', 'id'))")
+    try:
+        row = await connection.fetchrow(
+            f"""WITH made AS (
+                    INSERT INTO sessions
+                           (id, project_id, project_uuid, workspace_id, user_id, provider_id, provider, machine_config,
+                            machine, namespace, container_name, reason, message, expires_at)
+                    OVERRIDING SYSTEM VALUE
+                    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, now() + interval '1 year')
+                    ON CONFLICT (project_id) WHERE status <> 'deleted' DO NOTHING
+                    RETURNING {COLUMNS}),
+                told AS (INSERT INTO session_events (session_id, status, reason, message)
+                         SELECT id, status, reason, message FROM made)
+                SELECT {COLUMNS} FROM made""",  # noqa: S608  Our own column names.
+            session_id, project.id, project.uuid, project.workspace_id, user_id, placed.provider_id, placed.provider,
+            placed.machine_config, placed.machine, placement.namespace(project.uuid),
+            placement.container_name(session_id), "Created", "Waiting for its turn to start.",
+        )  # fmt: skip
+    except asyncpg.ForeignKeyViolationError as error:
+        raise _missing(error, project, user_id, placed) from error
+    return Session(*row) if row else None
+
+
+def _missing(error: Any, project: Project, user_id: int, placed: placement.Placement) -> Invalid:
+    """What a session refers to was removed meanwhile, or was never there."""
+    constraint = error.constraint_name or ""
+    if "user" in constraint:
+        return Invalid(f"There is no user {user_id}.", field="user_id")
+    if "provider" in constraint:
+        return Invalid(f"The provider {placed.provider!r} has just been removed.", field="provider")
+    return Invalid(f"The project {project.uuid} has just been deleted.", field="project_uuid")
+
+
+async def get(connection: Connection, session_id: int) -> Session | None:
+    """One session; a deleted one too, until it is purged."""
+    row = await connection.fetchrow(f"SELECT {COLUMNS} FROM sessions WHERE id = $1", session_id)  # noqa: S608  Our own names.
+    return Session(*row) if row else None
+
+
+_REQUESTED = {
+    Desired.RUNNING: ("StartRequested", "Waiting for its turn to start."),
+    Desired.STOPPED: ("StopRequested", "Stopping, as requested."),
+    Desired.DELETED: ("DeleteRequested", "Deleting, as requested."),
+}
+
+
+async def request(
+    connection: Connection,
+    session_id: int,
+    desired: str,
+    *,
+    restart: bool = False,
+    because: tuple[str, str] | None = None,
+) -> Session:
+    """Ask for a state (`running`, `stopped`, `deleted`), within the caller's transaction. Asking twice is asking once.
+
+    `restart`: what runs is stopped first. `because`: a reason and a message in place of "requested". Raises NotFound,
+    and Conflict when it is being deleted or gone; deleting what is deleted succeeds.
+    """
+    wish = Desired(desired)
+    before = await record.lock(connection, session_id)
+    wanted, status = record.statuses(before)
+    if wanted is Desired.DELETED:
+        if wish is not Desired.DELETED:
+            gone = "deleted" if status is Status.DELETED else "being deleted"
+            raise Conflict(f"The session {session_id} is {gone}: make a new one for its project.")
+        # Somebody is waiting for it: do not let a back-off stand in the way.
+        await leases.hurry(connection, session_id)
+        return before
+    shown = requested(wanted, status, wish, restart=restart)
+    if shown is None:
+        return before
+    reason, message = because or (("RestartRequested", "Restarting, as requested.") if restart else _REQUESTED[wish])
+    return await record.write(
+        connection,
+        before,
+        desired=wish.value,
+        generation=before.generation + 1,
+        status=shown.value,
+        reason=reason,
+        message=message,
+        attempts=0,
+        start_deadline_at=None,
+        next_attempt_at=record.After(0),
+        **({} if wish is Desired.RUNNING and not restart else record.endpoint_columns(None)),
+    )
+
+
+async def list_page(
+    connection: Connection,
+    *,
+    workspace_ids: list[int] | None,
+    user_id: int | None = None,
+    project_id: int | None = None,
+    status: str | None = None,
+    page: int,
+    page_size: int,
+) -> Page[Session]:
+    """Sessions, newest first; deleted ones only when `status` asks for them. `workspace_ids` None: of all workspaces.
+
+    Takes the same time however many sessions there are (`docs/performance.md`). Raises Invalid for a page beyond the
+    first 10,000.
+    """
+    _within(page, page_size)
+    filters = {"user_id": user_id, "project_id": project_id}
+    keys, values = _keys(workspace_ids, {name: value for name, value in filters.items() if value is not None}, status)
+    values += [page * page_size, page_size, (page - 1) * page_size, COUNTED + 1]
+    last = len(values)
+    # The inner LIMITs bound what is read by key, the outer ones what is merged.
+    rows = await connection.fetch(
+        f"""SELECT counted.total, found.*
+              FROM (SELECT count(*) AS total
+                      FROM (SELECT 1 FROM {keys.format(f"LIMIT ${last}")} LIMIT ${last}) s) counted
+              LEFT JOIN LATERAL (
+                   SELECT {COLUMNS} FROM sessions WHERE id IN (
+                          SELECT key.id FROM {keys.format(f"ORDER BY id DESC LIMIT ${last - 3}")}
+                           ORDER BY key.id DESC LIMIT ${last - 2} OFFSET ${last - 1})
+                   ) found ON true
+             ORDER BY found.id DESC""",  # noqa: S608  Built of our own column names; every value is a parameter.
+        *values,
+    )
+    total = rows[0]["total"]
+    items = [Session(*list(row)[1:]) for row in rows if row["id"] is not None]
+    return Page(items, min(total, COUNTED), total <= COUNTED)
+
+
+def _keys(workspace_ids: list[int] | None, filters: Mapping[str, int], status: str | None) -> tuple[str, list[Any]]:
+    """The FROM clause that yields `key.id`, by index alone; `{}` in it is where each key's ORDER BY and LIMIT go."""
+    sources: list[str] = []
+    conditions: list[str] = []
+    values: list[Any] = []
+    if workspace_ids is not None:
+        values.append(sorted(set(workspace_ids)))
+        sources.append(f"unnest(${len(values)}::bigint[]) AS workspace (id)")
+        conditions.append("workspace_id = workspace.id")
+    for name, value in filters.items():
+        values.append(value)
+        conditions.append(f"{name} = ${len(values)}::bigint")
+    if "user_id" in filters or status is not None:
+        # The indexes by user hold the status, so that one serves both kinds of list: a probe for each status.
+        values.append(_LIVE if status is None else [status])
+        sources.append(f"unnest(${len(values)}::text[]) AS state (name)")
+        conditions.append("status = state.name")
+    else:
+        conditions.append("status <> 'deleted'")
+    rows = f"(SELECT id FROM sessions WHERE {' AND '.join(conditions)} {{}}) AS key"  # noqa: S608  Our own names.
+    return " CROSS JOIN ".join([*sources, f"LATERAL {rows}"]), values
+
+
+def _within(page: int, page_size: int) -> None:
+    if page * page_size > COUNTED:
+        raise Invalid(
+            f"Pages end at the {COUNTED:,}th entry: narrow the list by filters instead of reading on.", field="page"
+        )
+
+
+async def events_page(connection: Connection, session_id: int, *, page: int, page_size: int) -> Page[SessionEvent]:
+    """A session's history, newest first. Raises Invalid for a page beyond the first 10,000."""
+    _within(page, page_size)
+    rows = await connection.fetch(
+        """SELECT id, session_id, at, status, reason, message FROM session_events
+            WHERE session_id = $1 ORDER BY id DESC LIMIT $2 OFFSET $3""",
+        session_id,
+        page_size,
+        (page - 1) * page_size,
+    )
+    total = await connection.fetchval(
+        "SELECT count(*) FROM (SELECT 1 FROM session_events WHERE session_id = $1 LIMIT $2) s", session_id, COUNTED + 1
+    )
+    return Page([SessionEvent(*row) for row in rows], min(total, COUNTED), total <= COUNTED)
+
+
+async def logs(
+    connection: Connection, session_id: int, *, tail: int, after: int | None = None, service: str | None = None
+) -> list[LogRecord]:
+    """A session's output in its order: the last `tail` lines, or the first `tail` whose id is greater than `after`."""
+    order = "DESC" if after is None else "ASC"
+    rows = await connection.fetch(
+        f"""SELECT id, session_id, at, service, stream, line FROM session_logs
+             WHERE session_id = $1 AND id > $2 AND ($3::text IS NULL OR service = $3) ORDER BY id {order} LIMIT $4""",  # noqa: S608  One of two words of ours.
+        session_id,
+        after or 0,
+        service,
+        tail,
+    )
+    records = [LogRecord(*row) for row in rows]
+    return records[::-1] if after is None else records
+
+
+async def count_by_status(connection: Connection) -> dict[str, int]:
+    """How many sessions have each status; those that are deleted are not counted."""
+    counts = dict.fromkeys(_LIVE, 0)
+    rows = await connection.fetch("SELECT status, count(*) FROM sessions WHERE status <> 'deleted' GROUP BY status")
+    counts.update((row[0], row[1]) for row in rows)
+    return counts
