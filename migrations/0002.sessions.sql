@@ -40,7 +40,9 @@ CREATE TABLE sessions (
     project_uuid uuid NOT NULL,
     workspace_id bigint NOT NULL REFERENCES workspaces ON DELETE RESTRICT,
     user_id bigint REFERENCES users ON DELETE SET NULL,
-    provider_id bigint NOT NULL REFERENCES providers ON DELETE RESTRICT,
+    -- A deleted session outlives its provider; no other does.
+    provider_id bigint REFERENCES providers ON DELETE SET NULL
+        CONSTRAINT sessions_provider_check CHECK (provider_id IS NOT NULL OR status = 'deleted'),
     provider text NOT NULL,
     machine_config text NOT NULL,
     -- What the session was made with: the machine config as it was then.
@@ -82,17 +84,22 @@ CREATE TABLE sessions (
 );
 -- One active session a project.
 CREATE UNIQUE INDEX sessions_active_key ON sessions (project_id) WHERE status <> 'deleted';
--- The lists: by workspace, user and status, newest first; deleted ones are left out unless asked for.
+-- The lists, newest first; deleted ones are left out unless asked for. `docs/performance.md` says which serves which.
+-- Those by user hold the status, so that one index serves lists with and without it: a probe for each status.
 CREATE INDEX sessions_all_idx ON sessions (id DESC) WHERE status <> 'deleted';
 CREATE INDEX sessions_workspace_idx ON sessions (workspace_id, id DESC) WHERE status <> 'deleted';
-CREATE INDEX sessions_user_idx ON sessions (user_id, id DESC) WHERE status <> 'deleted';
 CREATE INDEX sessions_status_idx ON sessions (status, id DESC);
 CREATE INDEX sessions_workspace_status_idx ON sessions (workspace_id, status, id DESC);
+CREATE INDEX sessions_user_idx ON sessions (user_id, status, id DESC);
+CREATE INDEX sessions_workspace_user_idx ON sessions (workspace_id, user_id, status, id DESC);
 CREATE INDEX sessions_project_idx ON sessions (project_id, id DESC);
 -- The work list of the reconcile loop: desired and observed differ.
 CREATE INDEX sessions_due_idx ON sessions (next_attempt_at)
     WHERE observed_generation < generation OR stale;
-CREATE INDEX sessions_expiry_idx ON sessions (expires_at) WHERE status <> 'deleted';
+CREATE INDEX sessions_expiry_idx ON sessions (expires_at) WHERE status <> 'deleted' AND desired <> 'deleted';
+CREATE INDEX sessions_purge_idx ON sessions (updated_at) WHERE status = 'deleted';
+-- For the reference: a provider's sessions are looked for when it is removed.
+CREATE INDEX sessions_provider_idx ON sessions (provider_id);
 
 CREATE TABLE session_events (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
