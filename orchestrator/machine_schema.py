@@ -1,0 +1,256 @@
+"""What may be said about providers and machine configs, in YAML files, in the database, and to the local provider.
+
+One schema for all three, so that what an import accepts a start can run. Loading fills in no defaults: what is stored
+is what was written, and a default that changes later changes for all.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from marshmallow import Schema, ValidationError, fields, validate, validates_schema
+
+KINDS = ("local", "docker", "devpod", "kubernetes")
+SERVICES = ("preview", "chat", "vscode")
+
+_NAME = validate.Regexp(
+    r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z", error="must be 1 to 63 of a-z, 0-9 and '-', not '-' at either end"
+)
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([A-Za-z]*)\Z", re.ASCII)
+# The suffixes of Kubernetes' quantities: https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/
+_BYTES = {
+    "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
+}  # fmt: skip
+_MOST_BYTES = 2**50
+_MOST_CORES = 1024.0
+
+
+def parse_bytes(value: Any) -> int:
+    """A size such as `4Gi`, `512M` or `1048576`, in bytes. Raises ValidationError."""
+    found = _QUANTITY.match(str(value)) if isinstance(value, int | str) and not isinstance(value, bool) else None
+    if found is None or found[2] not in _BYTES:
+        raise ValidationError(f"must be a size such as 512Mi or 4Gi, not {value!r}")
+    size = int(float(found[1]) * _BYTES[found[2]])
+    if not 0 < size <= _MOST_BYTES:
+        raise ValidationError(f"must be more than nothing and at most 1024Ti, not {value!r}")
+    return size
+
+
+def parse_cores(value: Any) -> float:
+    """A number of cores such as `2`, `0.5` or `500m`. Raises ValidationError."""
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        number = float(value)
+    elif isinstance(value, str) and (found := _QUANTITY.match(value)) and found[2] in ("", "m"):
+        number = float(found[1]) / (1000 if found[2] else 1)
+    if not 0 < number <= _MOST_CORES:
+        raise ValidationError(f"must be a number of cores such as 2, 0.5 or 500m, not {value!r}")
+    return number
+
+
+class _Bytes(fields.Field[int]):
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> int:
+        return parse_bytes(value)
+
+
+class _Cores(fields.Field[float]):
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> float:
+        return parse_cores(value)
+
+
+class _Json(fields.Field[dict[str, Any]]):
+    """A mapping that jsonb can hold."""
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any
+    ) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValidationError("must be a mapping")
+        wrong: dict[str, list[str]] = {}
+        for place, problem in _not_json(value, "", 0):
+            wrong.setdefault(place, []).append(problem)
+        if wrong:
+            raise ValidationError(wrong)
+        return value
+
+
+def _not_json(value: Any, place: str, depth: int) -> Iterator[tuple[str, str]]:
+    """Each part of a value that jsonb cannot hold: `(place, what is wrong)`."""
+    if depth > 32:
+        yield place, "is nested too deeply"
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                yield place or "_schema", f"the key {key!r} must be a string: put it in quotes"
+            else:
+                yield from _not_json(key, place or "_schema", depth + 1)
+                yield from _not_json(inner, f"{place}.{key}" if place else key, depth + 1)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _not_json(inner, f"{place}[{index}]", depth + 1)
+    elif isinstance(value, str):
+        if problem := _not_text(value):
+            yield place, problem
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield place, "must be a finite number"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield place, "is a number too large"
+    elif value is not None and not isinstance(value, bool | int | float):
+        yield place, f"is a {type(value).__name__}: put it in quotes"
+
+
+def _not_text(value: str) -> str | None:
+    if "\0" in value:
+        return "must not hold a NUL character"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "must be text that UTF-8 can hold"
+    return None
+
+
+def _text(value: str) -> None:
+    if problem := _not_text(value):
+        raise ValidationError(problem)
+
+
+def _env_name(value: str) -> None:
+    if not _ENV_NAME.match(value):
+        raise ValidationError(f"{value!r} is no name of an environment variable")
+
+
+def _environment(**options: Any) -> fields.Dict:
+    return fields.Dict(keys=fields.String(validate=_env_name), values=fields.String(validate=_text), **options)
+
+
+class _Command(fields.Field[list[Any]]):
+    """A list of words, or a list of such lists: the first whose program is found is taken."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> list[Any]:
+        choices = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+        for words in choices:
+            if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+                raise ValidationError("must be a list of strings (quote numbers), or a list of such lists")
+            if not words[0]:
+                raise ValidationError("must begin with the name of a program")
+            for word in words:
+                _text(word)
+        return list(value)
+
+
+def _path(**options: Any) -> fields.String:
+    plain = validate.Regexp(r"/[!-~]*\Z", error="must begin with '/' and hold no blanks")
+    return fields.String(validate=plain, **options)
+
+
+class LocalServiceSchema(Schema):
+    """One process of a session of the local provider."""
+
+    command = _Command(required=True)
+    port = fields.Integer(strict=True, validate=validate.Range(0, 65535))
+    path = _path()
+    ready = _path(allow_none=True)
+    env = _environment()
+    optional = fields.Boolean()
+    limit_memory = fields.Boolean()
+
+
+class LocalMachineOptionsSchema(Schema):
+    """The options of a machine config of the local provider."""
+
+    cpu_seconds = fields.Integer(strict=True, validate=validate.Range(min=1))
+
+
+def _seconds() -> fields.Float:
+    return fields.Float(validate=validate.Range(min=0.0, min_inclusive=False, max=86400.0))
+
+
+class LocalOptionsSchema(Schema):
+    """The options of a local provider; `orchestrator.providers.options` says what each means."""
+
+    directory = fields.String(validate=[validate.Length(min=1), _text])
+    repo_schemes = fields.List(fields.String(validate=validate.Regexp(r"[a-z][a-z0-9+.-]*\Z")))
+    ssh_key = fields.String(validate=[validate.Length(min=1), _text])
+    env = _environment()
+    clone_deadline = _seconds()
+    ready_deadline = _seconds()
+    exec_deadline = _seconds()
+    stop_grace = _seconds()
+    restart_delay = _seconds()
+    stable_after = _seconds()
+    crashes = fields.Integer(strict=True, validate=validate.Range(1, 1000))
+
+
+class ProviderSchema(Schema):
+    """An entry of `providers`."""
+
+    name = fields.String(required=True, validate=_NAME)
+    kind = fields.String(required=True, validate=validate.OneOf(KINDS, error="must be one of: {choices}"))
+    options = _Json(load_default=dict)
+    enabled = fields.Boolean(load_default=True)
+    default = fields.Boolean(load_default=False)
+
+    @validates_schema
+    def _options_of_the_kind(self, data: dict[str, Any], **_: Any) -> None:
+        if data["kind"] == "local" and (wrong := LocalOptionsSchema().validate(data["options"])):
+            raise ValidationError({"options": wrong})
+        if data["default"] and not data["enabled"]:
+            raise ValidationError({"default": ["a provider that is not enabled cannot be the default"]})
+
+
+class MachineConfigSchema(Schema):
+    """An entry of `machine_configs`, as far as it is the same for every kind of provider."""
+
+    name = fields.String(required=True, validate=_NAME)
+    provider = fields.String(required=True, validate=_NAME)
+    default = fields.Boolean(load_default=False)
+    cpu = _Cores(load_default=None, allow_none=True)
+    memory = _Bytes(load_default=None, allow_none=True)
+    disk = _Bytes(load_default=None, allow_none=True)
+    services = _Json(load_default=dict)
+    options = _Json(load_default=dict)
+
+    @validates_schema
+    def _known_services(self, data: dict[str, Any], **_: Any) -> None:
+        wrong = {}
+        for name, service in data["services"].items():
+            if name not in SERVICES:
+                wrong[name] = [f"is no service: known are {', '.join(SERVICES)}"]
+            elif not isinstance(service, dict):
+                wrong[name] = ["must be a mapping"]
+        if wrong:
+            raise ValidationError({"services": wrong})
+
+
+def errors_for_kind(kind: str, machine_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is wrong with a loaded machine config for a provider of this kind, shaped like marshmallow's messages."""
+    if kind != "local":
+        return {}
+    errors: dict[str, Any] = {}
+    schema = LocalServiceSchema()
+    if services := {
+        name: wrong for name, service in machine_config["services"].items() if (wrong := schema.validate(service))
+    }:
+        errors["services"] = services
+    if options := LocalMachineOptionsSchema().validate(machine_config["options"]):
+        errors["options"] = options
+    return errors
+
+
+def flatten(messages: Any, place: str = "") -> list[str]:
+    """Marshmallow's nested messages as lines: `machine_configs[2].memory: must be …`."""
+    if isinstance(messages, dict):
+        lines = []
+        for key, inner in messages.items():
+            if key == "_schema":
+                lines += flatten(inner, place)
+            elif isinstance(key, int):
+                lines += flatten(inner, f"{place}[{key}]")
+            else:
+                lines += flatten(inner, f"{place}.{key}" if place else str(key))
+        return lines
+    return [f"{place}: {message}" if place else str(message) for message in messages]
