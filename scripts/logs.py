@@ -78,9 +78,11 @@ class _NamedLogger(structlog.PrintLogger):
 
 
 def _renderer(*, text: bool) -> list[Processor]:
+    """Tracebacks come without local variables (structlog's default has them): a password or a token may be among them."""
     if text:
-        return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
-    return [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        plain = structlog.dev.plain_traceback
+        return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
 
 
 def _number(level: str) -> int:
