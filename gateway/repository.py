@@ -16,6 +16,8 @@ _HOST = re.compile(r"(?!-)[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]+\]")
 _USER = re.compile(r"(?!-)[^@/:\s]+")
 # git's short form of ssh, `[user@]host:path` (gitprotocol docs: "scp-like syntax").
 _SCP_LIKE = re.compile(r"(?:(?P<user>[^@/:]+)@)?(?P<host>[^@/:]+):(?P<path>.+)")
+# A slip in a URL, or a trick, that the short form would take for a host.
+_NO_HOSTS = frozenset({"file", "ext", "fd", "http", "https", "ssh", "git", "ftp", "ftps"})
 # git-check-ref-format(1), rules 1 and 3 to 10.
 _NOT_IN_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|$)")
 
@@ -36,7 +38,7 @@ def _wrong_with(url: str, schemes: Collection[str]) -> str | None:
     if "://" in url:
         return _wrong_with_url(url, schemes)
     short = _SCP_LIKE.fullmatch(url)
-    if short is None or short["path"].startswith(":"):
+    if short is None or short["path"].startswith(":") or short["host"].lower() in _NO_HOSTS:
         return f"must be a URL such as https://host/path ({_listed(schemes)})"
     if "ssh" not in schemes:
         return f"has a scheme that is not allowed: use {_listed(schemes)}"

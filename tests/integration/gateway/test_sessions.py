@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from tests.integration.gateway.conftest import Api, Person, Serve
+
+
+async def set_status(api: Api, session: dict[str, Any], **columns: Any) -> None:
+    """Do what an orchestrator would."""
+    names = ", ".join(f"{name} = ${number}" for number, name in enumerate(columns, start=2))
+    await api.fetch(f"UPDATE sessions SET {names} WHERE id = $1", session["id"], *columns.values())
+
+
+async def test_a_session_is_made_for_a_project_once(api: Api, ann: Person) -> None:
+    project = await api.project(ann.workspace_id)
+    made = await api.call("POST", "/api/v1/sessions", ann, {"project_id": project["id"]})
+    assert made.status == 201
+    assert made.headers["Location"] == f"/api/v1/sessions/{made.json['id']}"
+    assert {key: made.json[key] for key in ("project_uuid", "project_id", "user_id", "provider", "machine_config")} == {
+        "project_uuid": project["uuid"], "project_id": project["id"], "user_id": ann.id, "provider": "here",
+        "machine_config": "small",
+    }  # fmt: skip
+    assert (made.json["status"], made.json["desired"]) == ("pending", "running")
+    again = await api.call("POST", "/api/v1/sessions", ann, {"project_uuid": project["uuid"]})
+    assert (again.status, again.json) == (202, made.json)
+
+
+async def test_a_session_carries_all_that_clients_expect(api: Api, ann: Person) -> None:
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    assert {
+        "id", "project_uuid", "project_id", "user_id", "provider", "machine_config", "namespace", "container_name",
+        "status", "reason", "message", "ip_address", "preview_url", "preview_path", "chat_url", "chat_path",
+        "vscode_url", "vscode_path", "expires_at", "created_at", "updated_at",
+    } <= set(session)  # fmt: skip
+    assert session["expires_at"][:4] == str(int(session["created_at"][:4]) + 1)
+
+
+async def test_making_a_session_tells_its_channels(api: Api, ann: Person) -> None:
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    rows = await api.fetch("SELECT event_type, channel FROM outbox ORDER BY id")
+    assert {tuple(row) for row in rows} == {
+        ("session.status", f"session:{session['id']}"), ("session.status", f"user:{ann.id}"),
+        ("session.status", f"workspace:{ann.workspace_id}"),
+    }  # fmt: skip
+
+
+async def test_a_uuid_that_nobody_knows_is_adopted(api: Api, ann: Person, bob: Person) -> None:
+    uuid = str(uuid4())
+    made = await api.call("POST", "/api/v1/sessions", ann, {"project_uuid": uuid})
+    assert (made.status, made.json["project_uuid"]) == (201, uuid)
+    assert made.json["workspace_id"] == ann.workspace_id
+    assert (await api.call("POST", "/api/v1/sessions", bob, {"project_uuid": uuid})).status == 404
+
+
+async def test_adoption_can_be_switched_off(serve: Serve) -> None:
+    api = await serve(adopt_projects=False)
+    ann = await api.person()
+    assert (await api.call("POST", "/api/v1/sessions", ann, {"project_uuid": str(uuid4())})).status == 404
+    assert (await api.call("GET", f"/api/v1/sessions/project/{uuid4()}", ann)).status == 404
+    assert await api.fetch("SELECT 1 FROM projects") == []
+
+
+async def test_an_id_that_nobody_knows_is_404(api: Api, ann: Person, root: Person) -> None:
+    for who in (ann, root):
+        assert (await api.call("POST", "/api/v1/sessions", who, {"project_id": 10**12})).status == 404
+
+
+async def test_concurrent_requests_for_an_unknown_uuid_make_one_session(api: Api, ann: Person) -> None:
+    uuid = uuid4()
+    answers = await asyncio.gather(
+        *(api.call("GET", f"/api/v1/sessions/project/{uuid}", ann) for _ in range(10)),
+        *(api.call("POST", "/api/v1/sessions", ann, {"project_uuid": str(uuid)}) for _ in range(10)),
+    )
+    assert len({answer.json["id"] for answer in answers}) == 1
+    assert Counter(answer.status == 201 for answer in answers)[True] == 1
+    assert {answer.status for answer in answers} <= {200, 201, 202}
+    assert len(await api.fetch("SELECT 1 FROM projects")) == 1
+
+
+async def test_get_or_create_makes_one_and_then_gets_it(api: Api, ann: Person) -> None:
+    path = f"/api/v1/sessions/project/{uuid4()}"
+    made = await api.call("GET", path, ann)
+    got = await api.call("GET", path, ann)
+    assert (made.status, got.status) == (201, 200)
+    assert got.json == made.json
+
+
+async def test_a_head_request_makes_nothing(api: Api, ann: Person) -> None:
+    assert (await api.call("HEAD", f"/api/v1/sessions/project/{uuid4()}", ann)).status == 405
+    assert await api.fetch("SELECT 1 FROM sessions") == []
+
+
+async def test_viewers_get_the_session_but_make_none(api: Api, ann: Person, bob: Person) -> None:
+    project = await api.project(await api.workspace(ann, viewer=bob))
+    path = f"/api/v1/sessions/project/{project['uuid']}"
+    assert (await api.call("GET", path, bob)).status == 403
+    session = await api.session(ann, project)
+    assert (await api.call("GET", path, bob)).json == session
+
+
+async def test_a_reading_token_gets_the_session_but_makes_none(api: Api, ann: Person) -> None:
+    token = (await api.call("POST", "/api/v1/tokens", ann, {"name": "x", "scopes": ["read"]})).json["token"]
+    assert (await api.call("GET", f"/api/v1/sessions/project/{uuid4()}", token)).status == 403
+    project = await api.project(ann.workspace_id)
+    path = f"/api/v1/sessions/project/{project['uuid']}"
+    assert (await api.call("GET", path, token)).status == 403
+    await api.session(ann, project)
+    assert (await api.call("GET", path, token)).status == 200
+
+
+async def test_only_administrators_make_sessions_for_others(api: Api, ann: Person, bob: Person, root: Person) -> None:
+    project = await api.project(ann.workspace_id)
+    body = {"project_id": project["id"], "user_id": bob.id}
+    assert (await api.call("POST", "/api/v1/sessions", ann, body)).status == 403
+    assert (await api.call("POST", "/api/v1/sessions", ann, {**body, "user_id": ann.id})).status == 201
+    other = await api.project(ann.workspace_id)
+    made = await api.call("POST", "/api/v1/sessions", root, {"project_id": other["id"], "user_id": bob.id})
+    assert (made.status, made.json["user_id"]) == (201, bob.id)
+    third = await api.project(ann.workspace_id)
+    missing = await api.call("POST", "/api/v1/sessions", root, {"project_id": third["id"], "user_id": 10**12})
+    assert (missing.status, list(missing.errors)) == (422, ["user_id"])
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"provider": "nowhere"}, "provider"),
+        ({"machine_config": "huge"}, "machine_config"),
+        ({"project_id": 1}, "project_uuid"),
+        ({"unknown": 1}, "unknown"),
+        ({"user_id": -1}, "user_id"),
+        ({"project_uuid": "x"}, "project_uuid"),
+    ],
+)
+async def test_a_session_that_cannot_be_is_refused(api: Api, ann: Person, change: dict[str, Any], field: str) -> None:
+    project = await api.project(ann.workspace_id)
+    answer = await api.call("POST", "/api/v1/sessions", ann, {"project_uuid": project["uuid"], **change})
+    assert (answer.status, list(answer.errors)) == (422, [field])
+
+
+async def test_sessions_are_listed_with_filters_and_pages(api: Api, ann: Person, bob: Person, root: Person) -> None:
+    team = await api.workspace(ann, member=bob)
+    first = await api.session(ann, await api.project(ann.workspace_id))
+    project = await api.project(team)
+    second = await api.session(bob, project)
+    third = await api.session(bob, await api.project(bob.workspace_id))
+    await set_status(api, second, status="running")
+
+    async def ids(who: Person, query: str = "") -> list[int]:
+        answer = await api.call("GET", f"/api/v1/sessions{query}", who)
+        assert answer.status == 200
+        assert answer.json["pagination"]["total"] >= len(answer.json["items"])
+        return [session["id"] for session in answer.json["items"]]
+
+    assert await ids(ann) == [second["id"], first["id"]]
+    assert await ids(bob) == [third["id"], second["id"]]
+    assert await ids(root) == [third["id"], second["id"], first["id"]]
+    assert await ids(ann, f"?user_id={bob.id}") == [second["id"]]
+    assert await ids(ann, f"?project_id={project['id']}") == [second["id"]]
+    assert await ids(ann, "?status=running") == [second["id"]]
+    assert await ids(ann, "?status=error") == []
+    assert await ids(ann, f"?workspace_id={team}") == [second["id"]]
+    assert await ids(ann, f"?workspace_id={bob.workspace_id}") == []
+    assert await ids(root, f"?workspace_id={bob.workspace_id}") == [third["id"]]
+    assert await ids(root, "?page=2&page_size=2") == [first["id"]]
+    page = (await api.call("GET", "/api/v1/sessions?page_size=2", root)).json["pagination"]
+    assert page == {"page": 1, "page_size": 2, "total": 3, "total_pages": 2, "total_is_exact": True}
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["page=0", "page=-1", "page=x", "page_size=0", "page_size=101", "status=nope", "user_id=0", "user_id=9" + "9" * 18]
+    + ["project_id=1.5", "sort=id", "page=99999999999999999999", "page=1000000&page_size=100", "status=%00"],
+)
+async def test_a_wrong_filter_is_refused_at_its_name(api: Api, ann: Person, query: str) -> None:
+    answer = await api.call("GET", f"/api/v1/sessions?{query}", ann)
+    assert (answer.status, list(answer.errors)) == (422, [query.split("=")[0]])
+
+
+async def test_a_session_is_stopped_started_and_restarted(api: Api, ann: Person) -> None:
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    path = f"/api/v1/sessions/{session['id']}"
+    stopped = await api.call("POST", f"{path}/stop", ann)
+    assert (stopped.status, stopped.json["desired"], stopped.json["status"]) == (202, "stopped", "stopping")
+    await set_status(api, session, status="stopped", observed_generation=2)
+    started = await api.call("POST", f"{path}/start", ann)
+    assert (started.status, started.json["desired"], started.json["status"]) == (202, "running", "pending")
+    await set_status(api, session, status="running", observed_generation=3)
+    restarted = await api.call("POST", f"{path}/restart", ann)
+    assert (restarted.status, restarted.json["reason"]) == (202, "RestartRequested")
+    history = (await api.call("GET", f"{path}/events", ann)).json
+    assert [event["reason"] for event in history["items"]] == [
+        "RestartRequested", "StartRequested", "StopRequested", "Created",
+    ]  # fmt: skip
+    assert history["pagination"]["total"] == 4
+    trail = await api.fetch("SELECT action FROM audit_log WHERE object = $1 ORDER BY id", f"session:{session['id']}")
+    assert [row["action"] for row in trail] == [
+        "session.create", "session.stopped", "session.running", "session.restart",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("status", ["pending", "starting", "running", "stopping", "stopped", "error", "deleting"])
+async def test_a_session_is_deleted_in_every_state(api: Api, ann: Person, status: str) -> None:
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    await set_status(api, session, status=status)
+    path = f"/api/v1/sessions/{session['id']}"
+    for _ in range(2):
+        answer = await api.call("DELETE", path, ann)
+        assert (answer.status, answer.json["status"], answer.json["desired"]) == (202, "deleting", "deleted")
+
+
+async def test_a_deleted_session_is_still_read_and_deleted_again(api: Api, ann: Person) -> None:
+    project = await api.project(ann.workspace_id)
+    session = await api.session(ann, project)
+    path = f"/api/v1/sessions/{session['id']}"
+    await api.call("DELETE", path, ann)
+    while_it_goes = await api.call("POST", "/api/v1/sessions", ann, {"project_id": project["id"]})
+    assert (while_it_goes.status, while_it_goes.headers["Retry-After"]) == (409, "2")
+    assert (await api.call("GET", f"/api/v1/sessions/project/{project['uuid']}", ann)).status == 409
+    assert (await api.call("POST", f"{path}/start", ann)).status == 409
+    await set_status(api, session, status="deleted", observed_generation=2)
+    assert (await api.call("DELETE", path, ann)).status == 200
+    assert (await api.call("GET", path, ann)).json["status"] == "deleted"
+    assert (await api.call("GET", "/api/v1/sessions", ann)).json["items"] == []
+    listed = await api.call("GET", "/api/v1/sessions?status=deleted", ann)
+    assert [one["id"] for one in listed.json["items"]] == [session["id"]]
+    assert (await api.call("POST", "/api/v1/sessions", ann, {"project_id": project["id"]})).status == 201
+
+
+async def test_output_is_read_from_its_end_or_after_a_line(api: Api, ann: Person) -> None:
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    await api.fetch(
+        """INSERT INTO session_logs (session_id, at, service, stream, line)
+           SELECT $1, now(), CASE WHEN n % 2 = 0 THEN 'chat' ELSE 'preview' END, 'stdout', 'line ' || n
+             FROM generate_series(1, 10) AS n""",
+        session["id"],
+    )
+    path = f"/api/v1/sessions/{session['id']}/logs"
+
+    async def lines(query: str = "") -> list[str]:
+        return [item["line"] for item in (await api.call("GET", path + query, ann)).json["items"]]
+
+    assert await lines() == [f"line {n}" for n in range(1, 11)]
+    assert await lines("?tail=2") == ["line 9", "line 10"]
+    assert await lines("?service=chat&tail=2") == ["line 8", "line 10"]
+    items = (await api.call("GET", path, ann)).json["items"]
+    assert set(items[0]) == {"id", "at", "service", "stream", "line"}
+    assert await lines(f"?after={items[3]['id']}&tail=2") == ["line 5", "line 6"]
+    assert await lines(f"?after={2**63 - 1}") == []
+
+
+@pytest.mark.parametrize("query", ["tail=0", "tail=5001", "after=-1", "service=", "service=" + "x" * 65, "lines=5"])
+async def test_a_wrong_question_about_output_is_refused(api: Api, ann: Person, query: str) -> None:
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    answer = await api.call("GET", f"/api/v1/sessions/{session['id']}/logs?{query}", ann)
+    assert (answer.status, list(answer.errors)) == (422, [query.split("=")[0]])
+
+
+async def test_people_see_what_they_can_choose_from(api: Api, ann: Person) -> None:
+    providers = (await api.call("GET", "/api/v1/providers", ann)).json["items"]
+    assert [(one["name"], one["kind"], one["state"], one["is_default"]) for one in providers] == [
+        ("here", "local", "unknown", True)
+    ]
+    configs = (await api.call("GET", "/api/v1/machine-configs", ann)).json["items"]
+    assert [(one["name"], one["cpu"], one["memory_bytes"], one["services"]) for one in configs] == [
+        ("small", 1.0, 1 << 30, ["preview"])
+    ]
+    assert "options" not in {*providers[0], *configs[0]}
