@@ -83,7 +83,7 @@ class Signals:
     def __call__(self, number: signal.Signals) -> None:
         """Take one signal."""
         if self.ready and not self.stopping.is_set():
-            log.info("ending: again to hurry", signal=number.name)
+            log.info("ending; another signal hurries", signal=number.name)
             self.stopping.set()
         else:
             self._task.cancel()

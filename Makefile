@@ -1,0 +1,53 @@
+# What a newcomer needs: `make run`, `make demo`, `make test`. Everything happens in .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Arguments for pytest: make test ARGS="-k sockets"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run demo test check bench clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: .venv/run.stamp ## Run everything on http://127.0.0.1:8080; Ctrl-C ends it (PORT=, HOST=, DATA_DIR=, …)
+	@exec $(BIN)/cluster-code dev
+
+demo: .venv/run.stamp ## Watch a session come and go on the running server (REPO=URL for a repository of yours)
+	@exec $(BIN)/cluster-code demo
+
+test: .venv/test.stamp ## Run all tests, with coverage (ARGS= for pytest)
+	@rm -f .coverage .coverage.*
+	@$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+check: .venv/test.stamp ## Format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: .venv/test.stamp ## Measure, as ratios to bare servers
+	@exec $(BIN)/python -m tests.benchmarks $(ARGS)
+
+clean: ## Remove .venv and caches; the data stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis htmlcov *.egg-info
+	rm -f .coverage .coverage.*
+	find . -name __pycache__ -not -path './data/*' -prune -exec rm -rf {} +
+
+# One stamp for what running needs, one for what testing needs beside it; both renewed when the dependencies change.
+.venv/run.stamp: setup.cfg pyproject.toml | .venv/bin/python
+	@echo "Installing …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/test.stamp: setup.cfg pyproject.toml | .venv/bin/python
+	@echo "Installing, with what the tests need …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@ .venv/run.stamp
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or newer (apt install python3 python3-venv)." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), older than 3.11: install a newer one and say make PYTHON=python3.11 …" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: apt install python3-venv." >&2; exit 2; }
+	@$(PYTHON) -m venv .venv
