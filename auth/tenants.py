@@ -359,7 +359,8 @@ async def adopt_project(connection: asyncpg.Connection, uuid: UUID, user_id: int
     """
     row = await connection.fetchrow(
         f"""INSERT INTO projects AS p (uuid, workspace_id, name, created_by)
-            SELECT $1::uuid, w.id, 'project ' || left($1::uuid::text, 8), $2 FROM workspaces w WHERE w.personal_user_id = $2
+            SELECT $1::uuid, w.id, 'project ' || left($1::uuid::text, 8), $2 FROM workspaces w
+             WHERE w.personal_user_id = $2
             ON CONFLICT (uuid) DO NOTHING RETURNING {_PROJECT}""",  # noqa: S608  A constant.
         uuid,
         user_id,
