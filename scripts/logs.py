@@ -57,7 +57,6 @@ def configure(env: Env, *, at_least: str = "debug") -> None:
         processors=[*shared, *_renderer(text=text)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=_NamedLogger,
-        cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -78,7 +77,7 @@ class _NamedLogger(structlog.PrintLogger):
 
 
 def _renderer(*, text: bool) -> list[Processor]:
-    """Tracebacks come without local variables (structlog's default has them): a password or a token may be among them."""
+    """Tracebacks come without local variables (structlog's default): a password or token may be among them."""
     if text:
         plain = structlog.dev.plain_traceback
         return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
