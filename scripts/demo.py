@@ -252,9 +252,3 @@ def _detail(content: bytes) -> str:
         return f"{document['detail']}{errors}"
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         return content[:200].decode(errors="replace")
-
-
-if __name__ == "__main__":
-    from scripts.main import run
-
-    sys.exit(run(["demo", *sys.argv[1:]]))
