@@ -6,7 +6,7 @@ import sys
 
 from environs import Env
 
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, RealtimeSettings
 from gateway.token_settings import token_settings
 from orchestrator.errors import SettingsError
 from orchestrator.settings import DatabaseSettings, environment, load
@@ -24,7 +24,7 @@ def main() -> int:
 
 def check(env: Env) -> None:
     """Raise SettingsError when this environment cannot run a replica."""
-    load(GatewaySettings, env)
+    load(GatewaySettings, env, realtime=load(RealtimeSettings, env))
     load(DatabaseSettings, env)
     token_settings(env)
     if not env.str("AMQP_URL", ""):

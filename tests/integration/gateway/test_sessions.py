@@ -13,7 +13,7 @@ from tests.integration.gateway.conftest import Api, Person, Serve
 async def set_status(api: Api, session: dict[str, Any], **columns: Any) -> None:
     """Do what an orchestrator would."""
     names = ", ".join(f"{name} = ${number}" for number, name in enumerate(columns, start=2))
-    await api.fetch(f"UPDATE sessions SET {names} WHERE id = $1", session["id"], *columns.values())
+    await api.fetch(f"UPDATE sessions SET {names} WHERE id = $1", session["id"], *columns.values())  # noqa: S608  Ours.
 
 
 async def test_a_session_is_made_for_a_project_once(api: Api, ann: Person) -> None:
@@ -172,11 +172,13 @@ async def test_sessions_are_listed_with_filters_and_pages(api: Api, ann: Person,
     assert page == {"page": 1, "page_size": 2, "total": 3, "total_pages": 2, "total_is_exact": True}
 
 
-@pytest.mark.parametrize(
-    "query",
-    ["page=0", "page=-1", "page=x", "page_size=0", "page_size=101", "status=nope", "user_id=0", "user_id=9" + "9" * 18]
-    + ["project_id=1.5", "sort=id", "page=99999999999999999999", "page=1000000&page_size=100", "status=%00"],
-)
+WRONG_FILTERS = [
+    "page=0", "page=-1", "page=x", "page_size=0", "page_size=101", "status=nope", "status=%00", "user_id=0", "sort=id",
+    "user_id=9999999999999999999", "project_id=1.5", "page=99999999999999999999", "page=1000000&page_size=100",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("query", WRONG_FILTERS)
 async def test_a_wrong_filter_is_refused_at_its_name(api: Api, ann: Person, query: str) -> None:
     answer = await api.call("GET", f"/api/v1/sessions?{query}", ann)
     assert (answer.status, list(answer.errors)) == (422, [query.split("=")[0]])

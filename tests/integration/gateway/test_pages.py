@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.integration.gateway.conftest import Api
+
+
+@pytest.mark.parametrize("path", ["/", "/api/docs"])
+async def test_a_page_loads_only_what_this_server_has(api: Api, path: str) -> None:
+    page = await api.call("GET", path)
+    assert page.status == 200
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http" not in policy
+    links = re.findall(r'(?:src|href)="([^"]+)"', page.body.decode())
+    assert links
+    for link in links:
+        if link.startswith("data:"):
+            continue
+        assert link.startswith("/")
+        assert (await api.call("GET", link)).status == 200
+    # A policy without 'unsafe-inline' runs no script that is in the page itself.
+    assert not re.search(r"<script(?![^>]*src=)|<style|\son\w+=", page.body.decode())
+
+
+async def test_nothing_else_is_served(api: Api) -> None:
+    for name in ("index.html", "swagger-ui.js.map", "..%2Fapp.py", "%2e%2e", "docs.js%00"):
+        assert (await api.call("GET", f"/api/docs/{name}")).status == 404
+
+
+async def test_the_document_is_served_as_json(api: Api) -> None:
+    answer = await api.call("GET", "/api/openapi.json")
+    assert answer.json["openapi"] == "3.1.0"
+    assert answer.body == (await api.call("GET", "/api/openapi.json")).body
