@@ -1,0 +1,59 @@
+"""`docs/protocol.md` says what the code does: codes, names and numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gateway.realtime import protocol
+from gateway.realtime.protocol import REASONS, CloseCode
+from gateway.settings import RealtimeSettings
+from orchestrator.events import EXCHANGE, MAX_NAME_LENGTH
+from orchestrator.sessions.state import Status
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+FLAT = " ".join(DOCUMENT.split())
+
+
+def section(title: str) -> str:
+    return DOCUMENT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_close_code_is_listed_with_its_reason_and_no_other() -> None:
+    listed = dict(re.findall(r"(4\d{3}) \| ([^|]+?) \|", section("Close codes")))
+    assert {int(code): reason for code, reason in listed.items()} == {
+        code.value: REASONS[code] for code in CloseCode if code.value >= 4000
+    }
+
+
+def test_every_code_of_an_error_is_listed() -> None:
+    source = (Path(protocol.__file__).parent / "actions.py").read_text().split("def _explain")[1]
+    explained = set(re.findall(r'return "([a-z_]+)"', source))
+    rejected = set(re.findall(r'Rejected\(\s*"([a-z_]+)"', Path(protocol.__file__).read_text()))
+    assert explained
+    assert set(re.findall(r"^\| `([a-z_]+)` \|", section("Errors"), re.MULTILINE)) == explained | rejected
+
+
+def test_the_defaults_are_those_of_the_settings() -> None:
+    settings = RealtimeSettings()
+    for sentence in (
+        f"ping every {settings.ping_interval:g} s ⚙",
+        f"pong within {settings.pong_timeout:g} s ⚙",
+        f"{settings.expiry_notice:g} s ⚙ before `expires_at`",
+        f"channels of a connection | {settings.channels_per_connection} ⚙",
+        f"connections of a user at one gateway | {settings.connections_per_user} ⚙",
+        f"unsent bytes of a connection | {settings.unsent_bytes >> 20} MiB ⚙",
+        f"one frame from a client | {settings.frame_bytes >> 10} KiB ⚙",
+        f"malformed frames in a minute | {settings.malformed_per_minute} ⚙",
+        f"at most {settings.drain_rate} ⚙ a second",
+        f"{settings.history_seconds / 60:g} minutes ⚙, {settings.history_bytes >> 20} MiB ⚙",
+        f"strings of 1 to {MAX_NAME_LENGTH} characters",
+    ):
+        assert sentence in FLAT
+
+
+def test_names_on_the_wire_are_those_of_the_code() -> None:
+    for name in (protocol.SUBPROTOCOL, protocol.BEARER + "{short token}", EXCHANGE, *(f"`{one}`" for one in Status)):
+        assert name in FLAT
+    for action in ("subscribe", "unsubscribe", "ping", "refresh"):
+        assert f'{{"action": "{action}"' in FLAT
