@@ -7,7 +7,6 @@ neither is ever used: frames go to the transport, and the hub's sweep aborts wha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 from aiohttp import WebSocketError, WSMessage, WSMsgType, web
 
@@ -42,20 +41,15 @@ class Upgrade(web.WebSocketResponse):
             decode_text=False,
         )
 
-    async def messages(self) -> AsyncIterator[WSMessage]:
-        """Every text, binary, ping, pong and close frame, until the connection is lost. Raises FrameError."""
-        while True:
-            message = await self.receive()
-            if message.type is WSMsgType.ERROR:
-                error = message.data
-                if not isinstance(error, WebSocketError):
-                    return
-                raise FrameError(CloseCode.BAD_REQUEST if error.code == _MESSAGE_TOO_BIG else error.code)
-            if message.type in (WSMsgType.CLOSED, WSMsgType.CLOSING):
-                return
-            yield message
-            if message.type is WSMsgType.CLOSE:
-                return
+    async def next_message(self) -> WSMessage | None:
+        """The next text, binary, ping, pong or close frame; None when the connection is lost. Raises FrameError."""
+        message = await self.receive()
+        if message.type is WSMsgType.ERROR:
+            if not isinstance(message.data, WebSocketError):
+                return None
+            code = message.data.code
+            raise FrameError(CloseCode.BAD_REQUEST if code == _MESSAGE_TOO_BIG else code)
+        return None if message.type in (WSMsgType.CLOSED, WSMsgType.CLOSING) else message
 
     async def drained(self) -> None:
         """Return once the transport's buffer has room again or the connection is lost."""

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import structlog
 from aiohttp import WSMessage, WSMsgType, web
 
 from auth.errors import Forbidden, Unauthenticated
@@ -17,6 +18,8 @@ from gateway.realtime import actions, authorization, liveness, protocol, recover
 from gateway.realtime.connection import Connection
 from gateway.realtime.protocol import CloseCode
 from orchestrator.events import user_channel
+
+log = structlog.get_logger("gateway.websocket")
 
 # Seconds.
 _RETRY_DRAINING = "1"
@@ -149,6 +152,10 @@ async def _serve(request: web.Request, context: Context, admission: Admission, g
     except upgrade.FrameError as error:
         hub.close(connection, error.code)
         await _last_word(request)
+    except Exception:
+        # Nobody outside may answer this by HTTP any more. The client comes back, and loses nothing.
+        log.exception("a connection failed", connection_id=connection.id, user_id=connection.user_id)
+        hub.close(connection, CloseCode.RECONNECT)
     finally:
         hub.end(connection)
     return socket
@@ -157,13 +164,14 @@ async def _serve(request: web.Request, context: Context, admission: Admission, g
 async def _read(socket: upgrade.Upgrade, context: Context, connection: Connection) -> None:
     """Handle what the client sends until it closes or is lost. Raises FrameError."""
     hub = context.hub
-    async for message in socket.messages():
+    while (message := await socket.next_message()) is not None:
         if message.type is WSMsgType.CLOSE:
             _answer_close(context, connection, message)
-        elif connection.closed is not None:
+            return
+        if connection.closed is not None:
             # Only its close frame is waited for.
             continue
-        elif message.type is WSMsgType.TEXT:
+        if message.type is WSMsgType.TEXT:
             connection.handling = True
             await actions.handle(context, connection, message.data)
             connection.handling = False
