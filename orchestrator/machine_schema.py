@@ -118,13 +118,25 @@ def _text(value: str) -> None:
         raise ValidationError(problem)
 
 
-def _env_name(value: str) -> None:
-    if not _ENV_NAME.match(value):
-        raise ValidationError(f"{value!r} is no name of an environment variable")
+class _Environment(fields.Field[dict[str, str]]):
+    """Names and values of environment variables."""
 
-
-def _environment(**options: Any) -> fields.Dict:
-    return fields.Dict(keys=fields.String(validate=_env_name), values=fields.String(validate=_text), **options)
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any
+    ) -> dict[str, str]:
+        if not isinstance(value, dict):
+            raise ValidationError("must be a mapping")
+        wrong: dict[str, list[str]] = {}
+        for name, inner in value.items():
+            if not isinstance(name, str) or not _ENV_NAME.match(name):
+                wrong[str(name)] = ["is no name of an environment variable"]
+            elif not isinstance(inner, str):
+                wrong[name] = [f"must be a string: put {inner!r} in quotes"]
+            elif problem := _not_text(inner):
+                wrong[name] = [problem]
+        if wrong:
+            raise ValidationError(wrong)
+        return value
 
 
 class _Command(fields.Field[list[Any]]):
@@ -154,7 +166,7 @@ class LocalServiceSchema(Schema):
     port = fields.Integer(strict=True, validate=validate.Range(0, 65535))
     path = _path()
     ready = _path(allow_none=True)
-    env = _environment()
+    env = _Environment()
     optional = fields.Boolean()
     limit_memory = fields.Boolean()
 
@@ -175,7 +187,7 @@ class LocalOptionsSchema(Schema):
     directory = fields.String(validate=[validate.Length(min=1), _text])
     repo_schemes = fields.List(fields.String(validate=validate.Regexp(r"[a-z][a-z0-9+.-]*\Z")))
     ssh_key = fields.String(validate=[validate.Length(min=1), _text])
-    env = _environment()
+    env = _Environment()
     clone_deadline = _seconds()
     ready_deadline = _seconds()
     exec_deadline = _seconds()

@@ -27,7 +27,8 @@ _NETWORK = (
     "http_proxy", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "GIT_SSL_CAINFO",
 )  # fmt: skip
-_PROTOCOL = re.compile(r"[a-z][a-z0-9+.-]*\Z")
+# Two colons would name a transport helper.
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _HOST = re.compile(r"(?!-)[A-Za-z0-9._-]{1,253}\Z|[0-9A-Fa-f:.]+\Z")
 # git's short form of ssh: `[user@]host:path`, the path not beginning with the second colon of `helper::address`.
 _SHORT_SSH = re.compile(r"(?:(?!-)[^@/:\s]+@)?(?!-)[A-Za-z0-9._-]+:(?![:-])\S+\Z")
@@ -104,6 +105,8 @@ def parse(url: str, schemes: Collection[str]) -> Repository:
     except ValueError as error:
         raise ProviderFailure("InvalidRepository", "The project's repository URL is not well-formed.") from error
     _allow(parts.scheme, schemes)
+    if not _URL.match(url):
+        raise ProviderFailure("InvalidRepository", "The project's repository URL is not well-formed.")
     if parts.scheme != "file" and not _HOST.match(host):
         raise ProviderFailure("InvalidRepository", "The project's repository URL has no host that may be used.")
     username, password = unquote(parts.username or ""), unquote(parts.password or "")
@@ -117,8 +120,7 @@ def parse(url: str, schemes: Collection[str]) -> Repository:
 
 
 def _allow(scheme: str, schemes: Collection[str]) -> None:
-    # A helper's name, `https::ext`, must not slip through as a scheme.
-    if scheme not in schemes or not _PROTOCOL.match(scheme):
+    if scheme not in schemes:
         allowed = ", ".join(schemes)
         raise ProviderFailure(
             "SchemeRefused", f"Repositories are cloned over {allowed} only: change the project's URL."

@@ -59,9 +59,9 @@ def main(arguments: Sequence[str]) -> int:
     options, command = parse(arguments)
     die_with(int(options["parent"]))
     limit(options)
-    # Python ignores these, and what is ignored stays so over exec.
+    # Python ignores it, and what is ignored stays so over exec. SIGXFSZ is left ignored: a file that gets too large is
+    # then an error that the program can tell of, instead of its death.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
         os.execv(command[0], command)  # noqa: S606  No shell is wanted.
     except OSError as error:

@@ -27,6 +27,8 @@ class Operations:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._undone: set[asyncio.Task[Any]] = set()
+        # Those whose failure somebody will be told.
+        self._awaited: set[asyncio.Task[Any]] = set()
         self._closed = False
         self._locks: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
 
@@ -36,9 +38,11 @@ class Operations:
         Cancelling leaves it to go on in the background, unless `undo`: then it is cancelled, and waited for.
         """
         task = self.begin(name, session_id, work, undo=undo)
+        self._awaited.add(task)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
+            self._awaited.discard(task)
             if undo:
                 _cancel(task)
                 await asyncio.wait({task})
@@ -78,8 +82,9 @@ class Operations:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         self._undone.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.info("an operation failed", operation=task.get_name(), error=type(error).__name__)
+        if not task.cancelled() and (error := task.exception()) is not None and task not in self._awaited:
+            log.warning("an operation failed", operation=task.get_name(), error=str(error))
+        self._awaited.discard(task)
 
 
 def _cancel(task: asyncio.Task[Any]) -> None:

@@ -191,9 +191,11 @@ async def open_pipe(make: Callable[[], P]) -> tuple[P, int]:
     """
     loop = asyncio.get_running_loop()
     read, write = os.pipe()
+    reader = os.fdopen(read, "rb", 0)
     try:
-        _, pipe = await loop.connect_read_pipe(make, os.fdopen(read, "rb", 0))
+        _, pipe = await loop.connect_read_pipe(make, reader)
     except BaseException:
+        reader.close()
         os.close(write)
         raise
     return pipe, write

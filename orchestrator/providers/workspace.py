@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from orchestrator.errors import ProviderUnavailable
 
 # Seconds that removing a session's files may take; what is left then is removed by the next attempt.
 _REMOVE_DEADLINE = 120.0
+# Seconds. A process that was killed holds its lock until its last thread has ended, and its children until they exec.
+_LOCK_PATIENCE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ class Directory:
                 f"Local sessions cannot keep their files in {self.path}: {error.strerror}. Set DATA_DIR."
             ) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
             self.instance = self._identity()
         except BlockingIOError as error:
             os.close(lock)
@@ -159,6 +162,20 @@ class Directory:
             new.replace(path)
         place = self.path.stat()
         return hashlib.sha256(f"{path.read_text().strip()} {place.st_dev} {place.st_ino}".encode()).hexdigest()[:32]
+
+
+def _lock(file: int) -> None:
+    """Lock it; raises BlockingIOError when another process goes on holding it."""
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def remove_tree(path: Path) -> None:
