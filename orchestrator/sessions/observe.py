@@ -17,7 +17,7 @@ from orchestrator.errors import NotFound, ProviderUnavailable
 from orchestrator.providers.contract import Observation
 from orchestrator.sessions import record, steps, store
 from orchestrator.sessions.record import After, Session
-from orchestrator.sessions.state import Desired, Status
+from orchestrator.sessions.state import Desired
 from orchestrator.sessions.steps import Changes, FindProvider
 from orchestrator.settings import OrchestratorSettings
 
@@ -112,13 +112,10 @@ async def _should_run(connection: Connection) -> AsyncIterator[list[int]]:
     after = 0
     while True:
         rows = await connection.fetch(
-            """SELECT id FROM unnest($1::text[]) AS state (name) CROSS JOIN LATERAL (
-                      SELECT id FROM sessions
-                       WHERE status = state.name AND id > $2 AND desired = 'running'
-                         AND observed_generation = generation AND NOT stale
-                       ORDER BY id LIMIT $3) s
-                ORDER BY id LIMIT $3""",
-            [Status.STARTING.value, Status.RUNNING.value],
+            """SELECT id FROM sessions
+                WHERE status IN ('starting', 'running') AND desired = 'running'
+                  AND observed_generation = generation AND NOT stale AND id > $1
+                ORDER BY id LIMIT $2""",
             after,
             _BATCH,
         )

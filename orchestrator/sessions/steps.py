@@ -125,6 +125,9 @@ def observed(session: Session, observation: Observation, start_deadline: float) 
 
 
 async def _start(session: Session, provider: Provider, pool: Pool, deadline: float, *, stop_first: bool) -> Changes:
+    if session.stale:
+        # While the outage lasts, progress and outage would take turns in what the user is told.
+        await _bounded(provider.check(), INSPECT_DEADLINE, "The check")
     if stop_first:
         await _bounded(provider.stop(session.ref), STOP_DEADLINE, "The stop")
     seconds = await _begin(session, pool, deadline)
@@ -166,7 +169,7 @@ async def _begin(session: Session, pool: Pool, deadline: float) -> float:
     A start that an orchestrator died in goes on with the time that it had left. When that is over, the time went by
     while nobody worked on it, so it gets a new deadline: but not for ever, since it may be what orchestrators die of.
     """
-    changes: Changes = {}
+    changes: Changes = {"stale": False}
     left = (session.start_deadline_at - datetime.now(UTC)).total_seconds() if session.start_deadline_at else 0.0
     if left <= 0:
         left = deadline
@@ -175,7 +178,7 @@ async def _begin(session: Session, pool: Pool, deadline: float) -> float:
             changes["attempts"] = session.attempts + 1
             if session.attempts + 1 >= MAX_ATTEMPTS:
                 raise _too_late(deadline, session.message)
-    if session.status != Status.STARTING:
+    if session.status != Status.STARTING or session.stale:
         changes |= {"status": "starting", "reason": "Starting", "message": f"Starting at {session.provider}."}
     try:
         async with pool.acquire() as connection, connection.transaction():
@@ -223,8 +226,8 @@ async def _failed(session: Session, step: Step, error: Exception, find: FindProv
     if failure.stale:
         # An outage does not use up the time that a start may take.
         changes["start_deadline_at"] = None
-    # Told once an outage: its every attempt may say something slightly different.
-    if not (failure.stale and session.stale):
+    # An outage is told once: its every attempt may say something slightly different.
+    if not (failure.stale and session.reason == failure.reason):
         changes |= {"reason": failure.reason, "message": failure.message}
     return changes
 

@@ -206,29 +206,36 @@ async def list_page(
     """
     _within(page, page_size)
     filters = {"user_id": user_id, "project_id": project_id}
-    keys, values = _keys(workspace_ids, {name: value for name, value in filters.items() if value is not None}, status)
-    values += [page * page_size, page_size, (page - 1) * page_size, COUNTED + 1]
-    last = len(values)
-    # The inner LIMITs bound what is read by key, the outer ones what is merged.
-    rows = await connection.fetch(
-        f"""SELECT counted.total, found.*
-              FROM (SELECT count(*) AS total
-                      FROM (SELECT 1 FROM {keys.format(f"LIMIT ${last}")} LIMIT ${last}) s) counted
-              LEFT JOIN LATERAL (
-                   SELECT {COLUMNS} FROM sessions WHERE id IN (
-                          SELECT key.id FROM {keys.format(f"ORDER BY id DESC LIMIT ${last - 3}")}
-                           ORDER BY key.id DESC LIMIT ${last - 2} OFFSET ${last - 1})
-                   ) found ON true
-             ORDER BY found.id DESC""",  # noqa: S608  Built of our own column names; every value is a parameter.
-        *values,
-    )
+    given = {name: value for name, value in filters.items() if value is not None}
+    statement, values = list_query(workspace_ids, given, status, page=page, page_size=page_size)
+    rows = await connection.fetch(statement, *values)
     total = rows[0]["total"]
     items = [Session(*list(row)[1:]) for row in rows if row["id"] is not None]
     return Page(items, min(total, COUNTED), total <= COUNTED)
 
 
+def list_query(
+    workspace_ids: list[int] | None, filters: Mapping[str, int], status: str | None, *, page: int, page_size: int
+) -> tuple[str, list[Any]]:
+    """The statement of `list_page` and its values: the total, then the row's columns; one row of NULLs for none."""
+    keys, values = _keys(workspace_ids, filters, status)
+    values += [page * page_size, page_size, (page - 1) * page_size, COUNTED + 1]
+    last = len(values)
+    # The inner LIMITs bound what is read by key, the outer ones what is merged.
+    statement = f"""
+        SELECT counted.total, found.*
+          FROM (SELECT count(*) AS total FROM (SELECT 1 FROM {keys.format(f"${last}")} LIMIT ${last}) s) counted
+          LEFT JOIN LATERAL (
+               SELECT {COLUMNS} FROM sessions WHERE id = ANY (ARRAY(
+                      SELECT key.id FROM {keys.format(f"${last - 3}")}
+                       ORDER BY key.created_at DESC, key.id DESC LIMIT ${last - 2} OFFSET ${last - 1}))
+               ) found ON true
+         ORDER BY found.created_at DESC, found.id DESC"""  # noqa: S608  Our own column names; every value is a parameter.
+    return statement, values
+
+
 def _keys(workspace_ids: list[int] | None, filters: Mapping[str, int], status: str | None) -> tuple[str, list[Any]]:
-    """The FROM clause that yields `key.id`, by index alone; `{}` in it is where each key's ORDER BY and LIMIT go."""
+    """The FROM clause that yields `key.id`, by index alone; `{}` in it is where each key's LIMIT goes."""
     sources: list[str] = []
     conditions: list[str] = []
     values: list[Any] = []
@@ -239,14 +246,13 @@ def _keys(workspace_ids: list[int] | None, filters: Mapping[str, int], status: s
     for name, value in filters.items():
         values.append(value)
         conditions.append(f"{name} = ${len(values)}::bigint")
-    if "user_id" in filters or status is not None:
-        # The indexes by user hold the status, so that one serves both kinds of list: a probe for each status.
-        values.append(_LIVE if status is None else [status])
-        sources.append(f"unnest(${len(values)}::text[]) AS state (name)")
-        conditions.append("status = state.name")
-    else:
-        conditions.append("status <> 'deleted'")
-    rows = f"(SELECT id FROM sessions WHERE {' AND '.join(conditions)} {{}}) AS key"  # noqa: S608  Our own names.
+    # Every index holds the status before the id, so that one serves both kinds of list: a probe for each status.
+    values.append(_LIVE if status is None else [status])
+    sources.append(f"unnest(${len(values)}::text[]) AS state (name)")
+    conditions.append("status = state.name")
+    # Ordered for the count too: else the planner may read the whole table for the rows of a rare status.
+    rows = f"""(SELECT id, created_at FROM sessions WHERE {" AND ".join(conditions)}
+                 ORDER BY created_at DESC, id DESC LIMIT {{}}) AS key"""  # noqa: S608  Our own column names.
     return " CROSS JOIN ".join([*sources, f"LATERAL {rows}"]), values
 
 

@@ -175,7 +175,7 @@ async def test_a_start_that_never_becomes_ready_ends_in_error_with_what_it_waite
 async def test_a_session_is_tried_again_after_an_unexpected_error_and_given_up_after_five(stage: Stage) -> None:
     stage.world.hooks["start"] = failing(KeyError("password"))
     session = await stage.create()
-    async with stage.running():
+    async with stage.running(), stage.impatient():
         failed = await stage.until(session, "error")
     assert stage.world.called("start") == 5
     assert failed.reason == "InternalError"
@@ -185,7 +185,7 @@ async def test_a_session_is_tried_again_after_an_unexpected_error_and_given_up_a
 async def test_an_unexpected_error_that_passes_ends_well(stage: Stage) -> None:
     stage.world.hooks["start"] = failing(TimeoutError(), times=2)
     session = await stage.create()
-    async with stage.running():
+    async with stage.running(), stage.impatient():
         running = await stage.until(session, "running")
     assert running.attempts == 0
     assert ("starting", "InternalError") in await stage.history(session)
@@ -194,7 +194,7 @@ async def test_an_unexpected_error_that_passes_ends_well(stage: Stage) -> None:
 async def test_a_failing_delete_says_so_and_goes_on_until_it_works(stage: Stage) -> None:
     session = await stage.create()
     stage.world.hooks["delete"] = failing(ProviderFailure("VolumeBusy", "The volume is in use."))
-    async with stage.running():
+    async with stage.running(), stage.impatient():
         await stage.until(session, "running")
         await stage.request(session, "deleted")
         stuck = await stage.until(session, "deleting", reason="VolumeBusy")
@@ -213,10 +213,10 @@ async def _returns(value: bool) -> bool:
 async def test_an_outage_marks_a_session_stale_and_never_fails_it(stage: Stage) -> None:
     stage.world.down = "The cluster does not answer."
     session = await stage.create()
-    async with stage.running():
+    async with stage.running(), stage.impatient():
         stale = await stage.until(session, "starting", stale=True)
         assert (stale.reason, stale.message) == ("ProviderUnavailable", "The cluster does not answer.")
-        await until(lambda: _returns(stage.world.called("start") >= 4))
+        await stage.until(session, "starting", stale=True, attempts=4)
         stage.world.down = None
         running = await stage.until(session, "running", stale=False)
     assert running.reason == "Ready"
