@@ -48,9 +48,19 @@ async def served(page: str) -> AsyncIterator[Repository]:
             await _until_it_answers(daemon, port, base / "daemon.log")
             yield Repository(f"git://127.0.0.1:{port}/demo", page)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(daemon.pid, signal.SIGKILL)
+            await _end(daemon)
+
+
+async def _end(daemon: asyncio.subprocess.Process) -> None:
+    """`git` ends and reaps the daemon that it has started, when it is asked; when not, the whole group is killed."""
+    with suppress(ProcessLookupError):
+        daemon.terminate()
+    try:
+        async with asyncio.timeout(2):
             await daemon.wait()
+    except TimeoutError:
+        os.killpg(daemon.pid, signal.SIGKILL)
+        await daemon.wait()
 
 
 async def _make(folder: Path) -> None:
