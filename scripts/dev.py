@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,7 @@ async def _main(env: Env, settings: Settings) -> None:
             database_settings=database,
             pool=pool,
             log=events,
-            open_provider=open_provider,
+            open_provider=partial(open_provider, repo_schemes=settings.gateway.repo_schemes),
             alone=settings.database is None,
         )
         parts.append(await stack.enter_async_context(_running(orchestrator.run(), "orchestrator")))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,23 @@ from orchestrator.providers.local import LocalProvider
 from orchestrator.providers.options import LocalOptions
 
 
-def open_provider(kind: str, name: str, options: Mapping[str, Any], *, data_dir: Path, sink: LogSink) -> Provider:
+def open_provider(
+    kind: str,
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    data_dir: Path,
+    sink: LogSink,
+    repo_schemes: Sequence[str] | None = None,
+) -> Provider:
     """A provider that takes hold of its place at the first call (`check`, say) and is to be closed.
 
-    Raises SettingsError, naming the provider, for wrong options and for a kind that this version cannot run.
+    `repo_schemes` are those of repositories, unless the provider's own options name others. Raises SettingsError,
+    naming the provider, for wrong options and for a kind that this version cannot run.
     """
     if kind == "local":
-        return LocalProvider(data_dir, sink, LocalOptions.load(options, provider=name))
+        schemes = {"repo_schemes": list(repo_schemes)} if repo_schemes is not None else {}
+        return LocalProvider(data_dir, sink, LocalOptions.load({**schemes, **options}, provider=name))
     raise SettingsError(
         f"The provider {name!r} is of the kind {kind!r}, which this version cannot run: known is 'local'."
     )

@@ -306,3 +306,11 @@ async def test_what_is_to_be_finished_is_although_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended == [True]
+
+
+def test_the_servers_schemes_hold_unless_the_providers_options_name_others(tmp_path: Path) -> None:
+    theirs = open_provider("local", "l", {}, data_dir=tmp_path, sink=ignore, repo_schemes=["https"])
+    own = open_provider("local", "l", {"repo_schemes": ["ssh"]}, data_dir=tmp_path, sink=ignore, repo_schemes=["https"])
+    assert isinstance(theirs, LocalProvider)
+    assert isinstance(own, LocalProvider)
+    assert (theirs._options.repo_schemes, own._options.repo_schemes) == (("https",), ("ssh",))
