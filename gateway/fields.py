@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime
 from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, validate
@@ -141,11 +140,6 @@ class Pagination(Schema):
 def moment(**kwargs: Any) -> fields.DateTime:
     """A point in time in an answer: RFC 3339, in UTC."""
     return fields.DateTime(required=True, **kwargs)
-
-
-def rfc3339(at: datetime | None) -> str | None:
-    """A point in time as answers write it. asyncpg gives all of them in UTC."""
-    return None if at is None else at.isoformat().replace("+00:00", "Z")
 
 
 def page_of(item: type[Schema]) -> type[Schema]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
+from random import getrandbits
 from time import perf_counter
-from uuid import uuid4
 
 import asyncpg
 import structlog
@@ -38,16 +38,18 @@ _PREFLIGHT_AGE = "600"
 def edge(settings: GatewaySettings) -> Middleware:
     """The middleware."""
     proxies = settings.trusted_proxies
+    # Bound once: the logger of the module looks its configuration up at every call.
+    bound = log.bind()
 
     @web.middleware
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         began = perf_counter()
         given = request.headers.get("X-Request-ID", "")
-        request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else f"{getrandbits(128):032x}"
         request[ADDRESS] = address = client_address(request, proxies)
         try:
             limits = request.app[LIMITS]
-            if headers := await limits.take(limits.address, limited_address(address)):
+            if headers := limits.address.take(limited_address(address)):
                 request[RATE_HEADERS] = headers
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
                 response: web.StreamResponse = web.Response(status=204)
@@ -55,13 +57,15 @@ def edge(settings: GatewaySettings) -> Middleware:
                 response = await handler(request)
         except Exception as error:  # noqa: BLE001  Whatever it is, the client gets a problem document.
             response = _problem(error, request).response(request[REQUEST_ID])
-        _record(request, response, perf_counter() - began)
+        _record(request, response, perf_counter() - began, bound)
         return response
 
     return around
 
 
-def _record(request: web.Request, response: web.StreamResponse, seconds: float) -> None:
+def _record(
+    request: web.Request, response: web.StreamResponse, seconds: float, log: structlog.typing.FilteringBoundLogger
+) -> None:
     resource = request.match_info.route.resource
     template = resource.canonical if resource else "unmatched"
     request.app[METRICS].observe(template, request.method, response.status, seconds)

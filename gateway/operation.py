@@ -167,7 +167,7 @@ async def _handle(
     call = Call(request, context, {}, no_query, _path(declared, request))
     if declared.login_limit:
         limits = request.app[LIMITS]
-        request[RATE_HEADERS] = await limits.take(limits.login, limited_address(call.address))
+        request[RATE_HEADERS] = limits.login.take(limited_address(call.address))
     # Before anything else is taken: a client that sends slowly must not hold a connection to the database.
     if request.body_exists:
         await _read(request, context.settings.body_limit)
@@ -204,7 +204,7 @@ async def _sign_in(declared: Operation, call: Call, connection: Connection) -> N
     call._identity = identity  # noqa: SLF001  Made here, read by handlers.
     call.request[USER_ID] = identity.user_id
     limits = call.request.app[LIMITS]
-    if headers := await limits.take(limits.user, str(identity.user_id)):
+    if headers := limits.user.take(str(identity.user_id)):
         call.request[RATE_HEADERS] = headers
     if identity.scopes is not None and not has_scope(identity, declared.scope):
         raise Forbidden(f"This token lacks the scope {declared.scope.value!r} that this operation takes.")
@@ -308,14 +308,22 @@ def _flatten(messages: Any, path: str, into: dict[str, list[str]]) -> None:
 def answer(
     document: Any, status: int = 200, *, location: str | None = None, headers: Mapping[str, str] | None = None
 ) -> web.Response:
-    """A JSON answer that no cache keeps: all that the API says is for its caller alone."""
-    response = web.Response(body=orjson.dumps(document), status=status, content_type="application/json")
+    """A JSON answer that no cache keeps: what the API says is for its caller alone. Moments are RFC 3339 in UTC."""
+    body = orjson.dumps(document, _write, orjson.OPT_UTC_Z)
+    response = web.Response(body=body, status=status, content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
     if location:
         response.headers["Location"] = location
     if headers:
         response.headers.update(headers)
     return response
+
+
+def _write(value: Any) -> str:
+    """asyncpg's UUIDs are of a class of their own, which orjson does not know."""
+    if isinstance(value, UUID):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is nothing that JSON has")
 
 
 def nothing() -> web.Response:

@@ -11,7 +11,7 @@ from marshmallow import Schema, fields
 
 from auth.errors import Unauthenticated
 from gateway.context import CONTEXT, Context
-from gateway.fields import moment, rfc3339
+from gateway.fields import moment
 from gateway.metrics import METRICS
 from gateway.operation import Call, Database, answer, bearer, lease, operation
 from orchestrator import machines
@@ -91,7 +91,7 @@ async def _database(context: Context) -> tuple[dict[str, str], dict[str, Any]]:
         # Not its words: the probe is open to everybody, and they may name hosts and users.
         return _part("down", "It does not answer."), {}
     providers = {
-        row.name: {"state": row.state, "message": row.message, "checked_at": rfc3339(row.checked_at)}
+        row.name: {"state": row.state, "message": row.message, "checked_at": row.checked_at}
         for row in rows
         if row.enabled
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 from marshmallow import Schema, fields
 
-from gateway.fields import moment, rfc3339
+from gateway.fields import moment
 from gateway.operation import Call, answer, operation
 from orchestrator import machines
 
@@ -58,7 +58,7 @@ async def providers(call: Call) -> web.Response:
             "is_default": row.is_default,
             "state": row.state,
             "message": row.message,
-            "checked_at": rfc3339(row.checked_at),
+            "checked_at": row.checked_at,
         }
         for row in rows
     ]

@@ -12,7 +12,7 @@ from auth.permissions import Action, Role
 from auth.tenants import Member as Row
 from gateway import permissions_changed
 from gateway.api.workspaces import ROLES, permitted
-from gateway.fields import Email, PageQuery, moment, object_id, page_of, rfc3339
+from gateway.fields import Email, PageQuery, moment, object_id, page_of
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation, page
 from orchestrator.errors import Invalid
 
@@ -56,7 +56,7 @@ def _public(member: Row) -> dict[str, Any]:
         "email": member.email,
         "name": member.name,
         "role": member.role.name.lower(),
-        "created_at": rfc3339(member.created_at),
+        "created_at": member.created_at,
     }
 
 

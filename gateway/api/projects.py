@@ -21,7 +21,6 @@ from gateway.fields import (
     object_id,
     object_id_in_query,
     page_of,
-    rfc3339,
 )
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation, page
 from gateway.repository import check_branch, check_repo_url
@@ -104,8 +103,8 @@ def _public(project: Row, *, with_env: bool) -> dict[str, Any]:
         "branch": project.branch,
         "env": project.env if with_env else None,
         "created_by": project.created_by,
-        "created_at": rfc3339(project.created_at),
-        "updated_at": rfc3339(project.updated_at),
+        "created_at": project.created_at,
+        "updated_at": project.updated_at,
     }
 
 

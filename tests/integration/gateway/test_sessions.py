@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import pytest
 
+from orchestrator.sessions import store
 from tests.integration.gateway.conftest import Api, Person, Serve
 
 
@@ -38,6 +39,15 @@ async def test_a_session_carries_all_that_clients_expect(api: Api, ann: Person) 
         "vscode_url", "vscode_path", "expires_at", "created_at", "updated_at",
     } <= set(session)  # fmt: skip
     assert session["expires_at"][:4] == str(int(session["created_at"][:4]) + 1)
+
+
+async def test_a_session_is_answered_everywhere_as_events_tell_it(api: Api, ann: Person) -> None:
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    async with api.pool.acquire() as connection:
+        found = await store.get(connection, session["id"])
+    assert found is not None
+    assert session == store.public(found)
+    assert (await api.call("GET", "/api/v1/sessions", ann)).json["items"] == [session]
 
 
 async def test_making_a_session_tells_its_channels(api: Api, ann: Person) -> None:

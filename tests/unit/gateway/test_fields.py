@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -123,8 +122,3 @@ def test_an_environment_that_no_process_could_have_is_refused(env: Any) -> None:
 def test_an_environment_keeps_its_values_verbatim() -> None:
     env = {"PATH": "/bin:$HOME", "_X1": "", "TEXT": "line\n'; DROP TABLE users; --\ttab"}
     assert NewProject().load({"workspace_id": 1, "name": "x", "env": env})["env"] == env
-
-
-def test_moments_are_written_in_utc_with_a_z() -> None:
-    assert fields.rfc3339(datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)) == "2030-01-02T03:04:05Z"
-    assert fields.rfc3339(None) is None
