@@ -30,10 +30,13 @@ class Matches(validate.Validator):
         return value
 
 
-PRINTABLE = Matches(r"[^\x00-\x1f\x7f]*", "Control characters are not allowed.")
+# As `auth.names` has it: no control characters (C0, C1), no line and paragraph separators.
+PRINTABLE = Matches(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]*", "Control characters and line breaks are not allowed.")
 NO_NUL = Matches(r"[^\x00]*", "NUL is not allowed.")
 # Only the shape: whether mail arrives there is for a mail to find out.
-_ADDRESS = Matches(r"[^\x00-\x20\x7f@]+@[^\x00-\x20\x7f@]+", "Must look like name@example.org.")
+_ADDRESS = Matches(
+    r"[^\x00-\x20\x7f-\xa0\u2028\u2029@]+@[^\x00-\x20\x7f-\xa0\u2028\u2029@]+", "Must look like name@example.org."
+)
 
 
 def _not_blank(value: str) -> None:
@@ -63,7 +66,7 @@ class Email(Text):
     """An address of at most 254 characters (RFC 5321, section 4.5.3.1.3)."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(most=254, allowed=_ADDRESS, metadata={"format": "email"}, **kwargs)
+        super().__init__(most=254, allowed=_ADDRESS, **kwargs)
 
 
 class Whole(fields.Integer):

@@ -8,6 +8,7 @@ for the first one's commit, and takes over when it was rolled back
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -16,8 +17,11 @@ from gateway.operation import Call
 from gateway.problems import Problem
 
 HEADER = "Idempotency-Key"
-HELP = "Any string of 1 to 255 visible characters; a repeated request with it gets the first one's answer for a day."
-_MAX_LENGTH = 255
+_KEY = re.compile(r"[!-~]{1,255}")
+PARAMETER = {
+    "description": "A repeated request with the same key gets the first one's answer, for a day.",
+    "schema": {"type": "string", "pattern": f"^{_KEY.pattern}$"},
+}
 
 # An answer is kept for a day; then the key may be used anew.
 _CLAIM = """
@@ -36,8 +40,8 @@ async def once(call: Call, perform: Callable[[], Awaitable[web.Response]]) -> we
     key = call.request.headers.get(HEADER)
     if key is None:
         return await perform()
-    if not 0 < len(key) <= _MAX_LENGTH or not key.isascii() or not key.isprintable():
-        raise Problem(400, f"{HEADER} must be 1 to {_MAX_LENGTH} visible ASCII characters.")
+    if not _KEY.fullmatch(key):
+        raise Problem(400, f"{HEADER} must be 1 to 255 visible ASCII characters.")
     request = hashlib.sha256(f"{call.request.method} {call.request.path}\n".encode() + await call.request.read())
     user_id = call.identity.user_id
     if await call.connection.fetchval(_CLAIM, user_id, key, request.digest()):

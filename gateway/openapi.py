@@ -47,6 +47,7 @@ class Problem(Schema):
 
 def document(routes: Iterable[web.RouteDef], version: str) -> bytes:
     """The document as JSON, for the routes whose handlers declare an operation."""
+    plugin = MarshmallowPlugin()
     spec = APISpec(
         title="Cluster Code",
         version=version,
@@ -57,8 +58,10 @@ def document(routes: Iterable[web.RouteDef], version: str) -> bytes:
         },
         servers=[{"url": "/"}],
         tags=[{"name": name, "description": text} for name, text in TAGS.items()],
-        plugins=[MarshmallowPlugin()],
+        plugins=[plugin],
     )
+    converter: Any = plugin.converter
+    converter.add_attribute_function(_property_names)
     spec.components.security_scheme("bearer", {"type": "http", "scheme": "bearer"})
     spec.components.schema("Problem", schema=Problem)
     for route in routes:
@@ -70,14 +73,20 @@ def document(routes: Iterable[web.RouteDef], version: str) -> bytes:
     return orjson.dumps(spec.to_dict())
 
 
+def _property_names(self: Any, field: fields.Field[Any], **_: Any) -> dict[str, Any]:
+    """What keys an object may have, which the plugin leaves out."""
+    if isinstance(field, fields.Dict) and field.key_field is not None:
+        return {"propertyNames": self.field2property(field.key_field)}
+    return {}
+
+
 def _describe(route: web.RouteDef, declared: Operation) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
         {"in": "path", "name": name, "required": True, "schema": _PATH_SCHEMAS[kind]}
         for name, kind in declared.path.items()
     ]
     parameters += [
-        {"in": "header", "name": name, "required": False, "description": text, "schema": {"type": "string"}}
-        for name, text in declared.headers.items()
+        {"in": "header", "name": name, "required": False, **described} for name, described in declared.headers.items()
     ]
     if declared.query is not None:
         parameters.append({"in": "query", "schema": declared.query})

@@ -79,8 +79,8 @@ class Operation:
     database: Database = Database.READ
     # Counted against the stricter limit that guards passwords.
     login_limit: bool = False
-    # Request headers that it reads, with what they mean.
-    headers: Mapping[str, str] = field(default_factory=dict)
+    # Request headers that it reads, each as an OpenAPI parameter: `description` and `schema`.
+    headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -258,8 +258,12 @@ def _parse_uuid(text: str) -> UUID | None:
 async def _parse(declared: Operation, call: Call) -> None:
     if declared.query is not None and call.request.query_string:
         call.query = await _parser.parse(declared.query, call.request, location="query")
-    if declared.body is not None and (declared.body_required or call.request.body_exists):
+    if declared.body is None:
+        return
+    if await call.request.read():
         call.body = await _parser.parse(declared.body, call.request, location="json")
+    elif declared.body_required:
+        raise Problem(422, "A JSON body is needed.", errors={"body": ["Missing."]})
 
 
 class _Parser(AIOHTTPParser):
@@ -269,13 +273,10 @@ class _Parser(AIOHTTPParser):
 
     async def load_json(self, req: web.Request, schema: Schema) -> Any:
         """The body as Python objects. Raises Problem 415 for another content type and 400 for what is no JSON."""
-        body = await req.read()
-        if not body:
-            return core.missing
         if not core.is_json(req.content_type):
             raise Problem(415, "The body must be JSON: send Content-Type: application/json.")
         try:
-            return orjson.loads(body)
+            return orjson.loads(await req.read())
         except orjson.JSONDecodeError as error:
             raise Problem(400, f"The body is no JSON: {error}.") from error
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 from aiohttp import web
 
 from gateway.api import auth, docs, health, machines, members, projects, sessions, tokens, users, workspaces
-from gateway.operation import Handler
+from gateway.operation import Handler, PathKind, operation_of
 from gateway.realtime import websocket
 
 V1 = "/api/v1"
@@ -17,7 +18,7 @@ def routes() -> list[web.RouteDef]:
     """Every route, once for each address it has."""
     api = operations()
     return [
-        *api,
+        *(_digits_only(route) for route in api),
         # Addresses that clients of the existing services use.
         _route("POST", "/auth", auth.swap),
         _route("GET", f"{V1}/health", health.health),
@@ -77,6 +78,16 @@ def operations() -> list[web.RouteDef]:
         _route("GET", "/health", health.health),
         _route("GET", "/ready", health.ready),
     ]
+
+
+def _digits_only(route: web.RouteDef) -> web.RouteDef:
+    """The route with ids that are digits, so that `/users/me` with a method it lacks is no user named "me"."""
+    handler: Any = route.handler
+    declared = operation_of(handler)
+    path = route.path
+    for name in (name for name, kind in declared.path.items() if kind is PathKind.ID) if declared else ():
+        path = path.replace(f"{{{name}}}", f"{{{name}:[0-9]+}}")
+    return web.RouteDef(route.method, path, route.handler, route.kwargs)
 
 
 def _route(method: str, path: str, handler: Handler, *, allow_head: bool = True) -> web.RouteDef:

@@ -8,7 +8,7 @@ from marshmallow import Schema, fields, validate
 from auth import accounts, audit, passwords, refresh
 from gateway.api.users import Password, User, public
 from gateway.context import Context
-from gateway.fields import Email, Text
+from gateway.fields import NO_NUL, Email, Text
 from gateway.operation import Call, Database, answer, lease, nothing, operation
 from gateway.problems import Problem
 
@@ -25,7 +25,7 @@ class Login(Schema):
     """Who signs in."""
 
     email = Email(required=True)
-    password = Text(required=True, most=1024)
+    password = Text(required=True, most=passwords.LONGEST, allowed=NO_NUL)
 
 
 class RefreshToken(Schema):

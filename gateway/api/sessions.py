@@ -202,7 +202,7 @@ async def list_sessions(call: Call) -> web.Response:
     body=NewSession,
     answers={201: Session, 202: Session},
     database=Database.WRITE,
-    headers={idempotency.HEADER: idempotency.HELP},
+    headers={idempotency.HEADER: idempotency.PARAMETER},
 )
 async def create(call: Call) -> web.Response:
     """201 with a new session, which starts; 202 with the one that the project has. 409 while an old one is deleted."""

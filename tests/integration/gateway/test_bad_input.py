@@ -64,6 +64,12 @@ async def test_a_body_that_is_no_json_is_400(api: Api, root: Person) -> None:
     )
 
 
+async def test_a_body_that_is_missing_is_422(api: Api, root: Person) -> None:
+    needed = [route for route in WITH_BODY if (declared := operation_of(route.handler)) and declared.body_required]
+    assert len(needed) == len(WITH_BODY) - 1  # The swap of tokens takes none, too.
+    await check(api, root, ((route.method, path_of(route), {}, 422) for route in needed))
+
+
 async def test_a_body_of_another_type_is_415(api: Api, root: Person) -> None:
     types = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "application/xml"]
     await check(

@@ -57,7 +57,7 @@ async def test_a_key_is_free_again_after_a_day(api: Api, ann: Person) -> None:
     assert len(await api.fetch("SELECT 1 FROM idempotency_keys")) == 1
 
 
-@pytest.mark.parametrize("key", ["", "x" * 256, "é", "a\tb"])
+@pytest.mark.parametrize("key", ["", "x" * 256, "é", "a\tb", "a b"])
 async def test_a_malformed_key_is_refused(api: Api, ann: Person, key: str) -> None:
     assert (await post(api, ann, key)).status == 400
     assert await api.fetch("SELECT 1 FROM sessions") == []
