@@ -189,8 +189,24 @@ class Client:
             raise AssertionError(f"the session did not become {status}: {seen}") from None
         return seen
 
-    async def page(self, url: str) -> str:
-        """What a preview shows."""
-        async with self._http.get(url) as answer:
-            assert answer.status == 200
-            return await answer.text()
+    async def until_served(self, session_id: int, page: str) -> dict[str, Any]:
+        """The session, once it runs and its preview shows the page.
+
+        After a kill it may be told to run, as it last was, until the next start has looked.
+        """
+        shown = ""
+        try:
+            async with asyncio.timeout(DEADLINE):
+                while page not in shown:
+                    session = await self.until_status(session_id, "running")
+                    shown = await self._shown(session["preview_url"])
+        except TimeoutError:
+            raise AssertionError(f"the preview does not show the page, but {shown!r}") from None
+        return session
+
+    async def _shown(self, url: str) -> str:
+        try:
+            async with self._http.get(url) as answer:
+                return await answer.text()
+        except aiohttp.ClientConnectionError as error:
+            return str(error)

@@ -19,8 +19,7 @@ async def test_ctrl_c_leaves_nothing_running_and_the_next_start_has_it_all(
 ) -> None:
     project = await client.project(repository.url)
     session_id = await client.session(project)
-    before = await client.until_status(session_id, "running")
-    assert repository.page in await client.page(before["preview_url"])
+    before = await client.until_served(session_id, repository.page)
 
     assert await server.stop() == 0
     await server.until_nothing_is_left()
@@ -28,9 +27,8 @@ async def test_ctrl_c_leaves_nothing_running_and_the_next_start_has_it_all(
 
     await server.start()
     assert await client.call("GET", f"/projects/{project['id']}") == project
-    after = await client.until_status(session_id, "running")
+    after = await client.until_served(session_id, repository.page)
     assert after["created_at"] == before["created_at"]
-    assert repository.page in await client.page(after["preview_url"])
 
 
 @pytest.mark.random
@@ -45,8 +43,7 @@ async def test_killed_at_any_point_of_a_start_or_a_delete_the_next_start_finishe
         await asyncio.sleep(draw.uniform(0, 0.8))  # The moment of the kill is what is drawn.
         await server.kill()
         await server.start()
-        running = await client.until_status(session_id, "running")
-        assert repository.page in await client.page(running["preview_url"])
+        await client.until_served(session_id, repository.page)
 
         await client.call("DELETE", f"/sessions/{session_id}")
         await asyncio.sleep(draw.uniform(0, 0.2))
