@@ -149,13 +149,13 @@ FORGED = [
 ]
 
 
-@pytest.mark.parametrize(("_", "header"), FORGED, ids=[name for name, _ in FORGED])
-async def test_what_is_no_token_is_401(api: Api, _: str, header: str | None) -> None:
-    headers = {"Authorization": header} if header is not None else {}
-    answer = await api.call("GET", "/api/v1/users/me", headers=headers)
-    assert answer.status == 401
-    assert answer.headers["WWW-Authenticate"] == "Bearer"
-    assert answer.headers["Content-Type"] == "application/problem+json"
+async def test_what_is_no_token_is_401(api: Api) -> None:
+    for name, header in FORGED:
+        headers = {"Authorization": header} if header is not None else {}
+        answer = await api.call("GET", "/api/v1/users/me", headers=headers)
+        assert answer.status == 401, name
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert answer.headers["Content-Type"] == "application/problem+json"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from typing import Any
 from uuid import uuid4
 
 import orjson
-import pytest
 from aiohttp import web
 
 from gateway.operation import operation_of
@@ -237,10 +236,13 @@ ODD_REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize(("line", "header", "expected"), ODD_REQUESTS, ids=[str(n) for n in range(len(ODD_REQUESTS))])
-async def test_odd_bytes_in_the_request_are_no_error_of_ours(
-    api: Api, root: Person, line: bytes, header: bytes, expected: set[bytes]
-) -> None:
+async def test_odd_bytes_in_a_request_are_no_error_of_ours(api: Api, root: Person) -> None:
+    for line, header, expected in ODD_REQUESTS:
+        assert await status_of(api, root, line, header) in expected, line
+
+
+async def status_of(api: Api, root: Person, line: bytes, header: bytes) -> bytes:
+    """Send a request as these bytes; the status of its answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)
     token = b"" if header.startswith(b"Authorization") else b"Authorization: Bearer " + root.token.encode() + b"\r\n"
     try:
@@ -251,13 +253,11 @@ async def test_odd_bytes_in_the_request_are_no_error_of_ours(
     finally:
         writer.close()
         await writer.wait_closed()
-    assert status.split()[1] in expected
+    return status.split()[1]
 
 
-@pytest.mark.parametrize(
-    "name", ["' OR '1'='1", "$(touch /tmp/x)", "`id`", "%s%n", "{0.__class__}", "<script>", "a\\", "\u202e"]
-)
-async def test_metacharacters_are_kept_verbatim(api: Api, root: Person, name: str) -> None:
-    made = await api.call("POST", "/api/v1/workspaces", root, {"name": name})
-    assert (made.status, made.json["name"]) == (201, name)
-    assert (await api.call("GET", made.headers["Location"], root)).json["name"] == name
+async def test_metacharacters_are_kept_verbatim(api: Api, root: Person) -> None:
+    for name in ("' OR '1'='1", "$(touch /tmp/x)", "`id`", "%s%n", "{0.__class__}", "<script>", "a\\", "\u202e"):
+        made = await api.call("POST", "/api/v1/workspaces", root, {"name": name})
+        assert (made.status, made.json["name"]) == (201, name)
+        assert (await api.call("GET", made.headers["Location"], root)).json["name"] == name

@@ -31,17 +31,14 @@ from scripts.embedded import embedded_postgres
 from tests.integration.gateway.conftest import SECRET, SETTINGS, Answer, Api, Person, Serve
 
 
-@pytest.mark.parametrize("given", ["a", "Az09._-", "x" * 64])
-async def test_a_good_request_id_is_kept(api: Api, given: str) -> None:
-    answer = await api.call("GET", "/nope", headers={"X-Request-ID": given})
-    assert answer.headers["X-Request-ID"] == answer.json["request_id"] == given
-
-
-@pytest.mark.parametrize("given", ["", "x" * 65, "a b", "a;b", "<script>", "é"])
-async def test_another_request_id_is_replaced(api: Api, given: str) -> None:
-    answer = await api.call("GET", "/nope", headers={"X-Request-ID": given})
-    assert answer.headers["X-Request-ID"] != given
-    assert len(answer.headers["X-Request-ID"]) == 32
+async def test_a_good_request_id_is_kept_and_another_replaced(api: Api) -> None:
+    for given in ("a", "Az09._-", "x" * 64):
+        answer = await api.call("GET", "/nope", headers={"X-Request-ID": given})
+        assert answer.headers["X-Request-ID"] == answer.json["request_id"] == given
+    for given in ("", "x" * 65, "a b", "a;b", "<script>", "é"):
+        answer = await api.call("GET", "/nope", headers={"X-Request-ID": given})
+        assert answer.headers["X-Request-ID"] != given
+        assert len(answer.headers["X-Request-ID"]) == 32
 
 
 async def test_answers_say_nothing_of_the_server_and_are_not_sniffed(api: Api) -> None:
@@ -84,20 +81,12 @@ ERRORS: list[tuple[Exception, int, dict[str, str], dict[str, list[str]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "status", "headers", "errors"), ERRORS, ids=lambda value: type(value).__name__)
-async def test_every_error_has_its_problem_document(
-    api: Api,
-    monkeypatch: pytest.MonkeyPatch,
-    ann: Person,
-    error: Exception,
-    status: int,
-    headers: dict[str, str],
-    errors: dict[str, list[str]],
-) -> None:
-    answer = await raising(api, monkeypatch, ann, error)
-    assert (answer.status, answer.json["status"], answer.errors) == (status, status, errors)
-    assert headers.items() <= dict(answer.headers).items()
-    assert "secret" not in answer.body.decode()
+async def test_every_error_has_its_problem_document(api: Api, monkeypatch: pytest.MonkeyPatch, ann: Person) -> None:
+    for error, status, headers, errors in ERRORS:
+        answer = await raising(api, monkeypatch, ann, error)
+        assert (answer.status, answer.json["status"], answer.errors) == (status, status, errors), repr(error)
+        assert headers.items() <= dict(answer.headers).items()
+        assert "secret" not in answer.body.decode()
 
 
 async def test_an_error_of_ours_is_logged_with_its_traceback_and_told_to_nobody(

@@ -3,8 +3,6 @@ from __future__ import annotations
 from typing import Any
 from uuid import uuid4
 
-import pytest
-
 from tests.integration.gateway.conftest import Api, Person, Serve
 
 NASTY = "Robert'); DROP TABLE users;-- $(rm -rf /) `id` \"\\ | & ; <b> %s {0} ../..日本"
@@ -71,29 +69,27 @@ async def test_viewers_do_not_see_the_environment(api: Api, ann: Person, bob: Pe
     assert (await api.call("GET", made.headers["Location"], ann)).json["env"] == {"SECRET": "x"}
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"repo_url": "ext::sh -c id"}, "repo_url"),
-        ({"repo_url": "file:///etc"}, "repo_url"),
-        ({"repo_url": "--upload-pack=id"}, "repo_url"),
-        ({"branch": "--upload-pack=id"}, "branch"),
-        ({"branch": "a..b"}, "branch"),
-        ({"env": {"1": "x"}}, "env.1.key"),
-        ({"env": {"A": "x\x00"}}, "env.A.value"),
-        ({"name": "\x00"}, "name"),
-        ({"name": "x" * 201}, "name"),
-    ],
-)
-async def test_what_must_not_reach_git_or_a_process_is_refused(
-    api: Api, ann: Person, change: dict[str, Any], field: str
-) -> None:
-    body = {"workspace_id": ann.workspace_id, "name": "site", **change}
-    made = await api.call("POST", "/api/v1/projects", ann, body)
-    assert (made.status, list(made.errors)) == (422, [field])
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"repo_url": "ext::sh -c id"}, "repo_url"),
+    ({"repo_url": "file:///etc"}, "repo_url"),
+    ({"repo_url": "--upload-pack=id"}, "repo_url"),
+    ({"branch": "--upload-pack=id"}, "branch"),
+    ({"branch": "a..b"}, "branch"),
+    ({"env": {"1": "x"}}, "env.1.key"),
+    ({"env": {"A": "x\x00"}}, "env.A.value"),
+    ({"name": "\x00"}, "name"),
+    ({"name": "x" * 201}, "name"),
+]
+
+
+async def test_what_must_not_reach_git_or_a_process_is_refused(api: Api, ann: Person) -> None:
     project = await api.project(ann.workspace_id)
-    changed = await api.call("PUT", f"/api/v1/projects/{project['id']}", ann, change)
-    assert (changed.status, list(changed.errors)) == (422, [field])
+    for change, field in REFUSED:
+        body = {"workspace_id": ann.workspace_id, "name": "site", **change}
+        made = await api.call("POST", "/api/v1/projects", ann, body)
+        assert (made.status, list(made.errors)) == (422, [field]), change
+        changed = await api.call("PUT", f"/api/v1/projects/{project['id']}", ann, change)
+        assert (changed.status, list(changed.errors)) == (422, [field]), change
 
 
 async def test_allowed_schemes_are_configured(serve: Serve) -> None:

@@ -3,8 +3,6 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import pytest
-
 from tests.integration.gateway.conftest import Answer, Api, Person
 
 
@@ -61,10 +59,10 @@ async def test_a_name_is_used_once(api: Api, ann: Person) -> None:
     assert (again.status, list(again.errors)) == (409, ["name"])
 
 
-@pytest.mark.parametrize("expires_at", ["2001-01-01T00:00:00Z", "9999-12-31T23:59:59-12:00", "2400-01-01", "soon", 5])
-async def test_an_end_that_is_past_or_far_away_is_refused(api: Api, ann: Person, expires_at: Any) -> None:
-    answer = await make(api, ann, expires_at=expires_at)
-    assert (answer.status, list(answer.errors)) == (422, ["expires_at"])
+async def test_an_end_that_is_past_or_far_away_is_refused(api: Api, ann: Person) -> None:
+    for expires_at in ("2001-01-01T00:00:00Z", "9999-12-31T23:59:59-12:00", "2400-01-01", "soon", 5):
+        answer = await make(api, ann, expires_at=expires_at)
+        assert (answer.status, list(answer.errors)) == (422, ["expires_at"]), expires_at
 
 
 async def test_an_end_is_kept(api: Api, ann: Person) -> None:
@@ -73,6 +71,7 @@ async def test_an_end_is_kept(api: Api, ann: Person) -> None:
     assert made.json["expires_at"] == end.isoformat().replace("+00:00", "Z")
 
 
-@pytest.mark.parametrize("scopes", [[], ["root"], ["read"] * 4, "read", [1]])
-async def test_scopes_are_some_of_those_there_are(api: Api, ann: Person, scopes: Any) -> None:
-    assert (await make(api, ann, scopes=scopes)).status == 422
+async def test_scopes_are_some_of_those_there_are(api: Api, ann: Person) -> None:
+    wrong: list[Any] = [[], ["root"], ["read"] * 4, "read", [1]]
+    for scopes in wrong:
+        assert (await make(api, ann, scopes=scopes)).status == 422, scopes

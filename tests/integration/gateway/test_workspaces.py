@@ -60,20 +60,21 @@ async def test_a_member_is_added_by_id_or_address(api: Api, ann: Person, bob: Pe
     assert (await api.call("POST", path, ann, {**who, "role": "viewer"})).status == 409
 
 
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [
-        ({"role": "viewer"}, "user_id"),
-        ({"role": "viewer", "user_id": 1, "email": "a@b.c"}, "user_id"),
-        ({"role": "viewer", "email": "nobody@example.test"}, "email"),
-        ({"role": "viewer", "user_id": 10**15}, "user_id"),
-        ({"role": "king", "user_id": 1}, "role"),
-        ({"user_id": 1}, "role"),
-    ],
-)
-async def test_a_member_that_cannot_be_is_refused(api: Api, ann: Person, body: dict[str, object], field: str) -> None:
-    answer = await api.call("POST", f"/api/v1/workspaces/{await api.workspace(ann)}/members", ann, body)
-    assert (answer.status, list(answer.errors)) == (422, [field])
+REFUSED: list[tuple[dict[str, object], str]] = [
+    ({"role": "viewer"}, "user_id"),
+    ({"role": "viewer", "user_id": 1, "email": "a@b.c"}, "user_id"),
+    ({"role": "viewer", "email": "nobody@example.test"}, "email"),
+    ({"role": "viewer", "user_id": 10**15}, "user_id"),
+    ({"role": "king", "user_id": 1}, "role"),
+    ({"user_id": 1}, "role"),
+]
+
+
+async def test_a_member_that_cannot_be_is_refused(api: Api, ann: Person) -> None:
+    path = f"/api/v1/workspaces/{await api.workspace(ann)}/members"
+    for body, field in REFUSED:
+        answer = await api.call("POST", path, ann, body)
+        assert (answer.status, list(answer.errors)) == (422, [field]), body
 
 
 async def test_a_role_changes_and_the_member_is_told(api: Api, ann: Person, bob: Person) -> None:
