@@ -39,6 +39,11 @@ UNAVAILABLE: tuple[type[BaseException], ...] = (
     asyncpg.QueryCanceledError,
 )
 
+# Bitmap and sequential scans read all rows of a key before a LIMIT can end them, and are planned for keys of average
+# size: for a workspace that has half of all sessions that is most of the table (docs/performance.md). "off" makes the planner
+# avoid them where there is an index; it does not forbid them.
+_PLANNER = {"enable_bitmapscan": "off", "enable_seqscan": "off"}
+
 
 async def open_pool(settings: DatabaseSettings, *, name: str) -> Pool:
     """A pool of connections whose jsonb comes and goes as Python objects.
@@ -56,7 +61,7 @@ async def open_pool(settings: DatabaseSettings, *, name: str) -> Pool:
             # Nobody leaves session state (SET, LISTEN, cursors) behind on a pooled connection, so that the round trip
             # which would undo it is spared. What needs such state opens a connection of its own: `connect`.
             reset=_nothing_to_reset,
-            server_settings={"application_name": name},
+            server_settings=_PLANNER | {"application_name": name},
         )
     except (ValueError, asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
         raise SettingsError(f"DATABASE_URL: {error}") from error
@@ -71,7 +76,9 @@ async def _nothing_to_reset(connection: Connection) -> None:
 async def connect(settings: DatabaseSettings, *, name: str) -> Connection:
     """One connection outside the pool, for LISTEN and advisory locks. Raises what is in `UNAVAILABLE`."""
     connection = await asyncpg.connect(
-        settings.url, timeout=settings.timeout, server_settings={"application_name": name, "tcp_keepalives_idle": "10"}
+        settings.url,
+        timeout=settings.timeout,
+        server_settings=_PLANNER | {"application_name": name, "tcp_keepalives_idle": "10"},
     )
     await prepare(connection)
     return connection
