@@ -40,8 +40,8 @@ UNAVAILABLE: tuple[type[BaseException], ...] = (
 )
 
 # Bitmap and sequential scans read all rows of a key before a LIMIT can end them, and are planned for keys of average
-# size: for a workspace that has half of all sessions that is most of the table (docs/performance.md). "off" makes the planner
-# avoid them where there is an index; it does not forbid them.
+# size: for a workspace that has half of all sessions that is most of the table (docs/performance.md). "off" makes the
+# planner avoid them where there is an index; it does not forbid them.
 _PLANNER = {"enable_bitmapscan": "off", "enable_seqscan": "off"}
 
 
