@@ -247,10 +247,10 @@ async def read(call: Call) -> web.Response:
     return answer(_public(await _permitted(call, Action.SESSION_READ)))
 
 
-async def _request(call: Call, desired: Desired, *, restart: bool = False) -> web.Response:
+async def _request(call: Call, action: str, desired: Desired, *, restart: bool = False) -> web.Response:
     session = await _permitted(call, Action.SESSION_WRITE)
     wanted = await store.request(call.connection, session.id, desired, restart=restart)
-    await _record(call, f"session.{'restart' if restart else desired.value}", session.id)
+    await _record(call, action, session.id)
     return answer(_public(wanted), 202)
 
 
@@ -274,19 +274,19 @@ async def delete(call: Call) -> web.Response:
 @operation("Start a session", tag="sessions", path=_ONE, answers={202: Session}, database=Database.WRITE)
 async def start(call: Call) -> web.Response:
     """Starting what runs changes nothing. 409 once it is being deleted."""
-    return await _request(call, Desired.RUNNING)
+    return await _request(call, "session.start", Desired.RUNNING)
 
 
 @operation("Stop a session", tag="sessions", path=_ONE, answers={202: Session}, database=Database.WRITE)
 async def stop(call: Call) -> web.Response:
     """Its files stay. 409 once it is being deleted."""
-    return await _request(call, Desired.STOPPED)
+    return await _request(call, "session.stop", Desired.STOPPED)
 
 
 @operation("Restart a session", tag="sessions", path=_ONE, answers={202: Session}, database=Database.WRITE)
 async def restart(call: Call) -> web.Response:
     """Stops what runs, then starts with what the project says now. 409 once it is being deleted."""
-    return await _request(call, Desired.RUNNING, restart=True)
+    return await _request(call, "session.restart", Desired.RUNNING, restart=True)
 
 
 @operation(

@@ -210,7 +210,7 @@ async def test_a_session_is_stopped_started_and_restarted(api: Api, ann: Person)
     assert history["pagination"]["total"] == 4
     trail = await api.fetch("SELECT action FROM audit_log WHERE object = $1 ORDER BY id", f"session:{session['id']}")
     assert [row["action"] for row in trail] == [
-        "session.create", "session.stopped", "session.running", "session.restart",
+        "session.create", "session.stop", "session.start", "session.restart",
     ]  # fmt: skip
 
 
