@@ -10,11 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import asyncpg
 from rich.console import Console
 
 import migrations
-from orchestrator.database import prepare
+from orchestrator.database import connect
+from orchestrator.settings import DatabaseSettings
 from scripts.embedded import embedded_postgres
 from tests.benchmarks import events, rest, session_list
 from tests.benchmarks.report import Figure, show
@@ -32,9 +32,8 @@ async def run(kinds: set[str]) -> list[Figure]:
         async with embedded_postgres(folder / "database") as postgres:
             url = await postgres.create_database("bench")
             await asyncio.to_thread(migrations.apply, url)
-            connection = await asyncpg.connect(url)
+            connection = await connect(DatabaseSettings(url=url), name="bench")
             try:
-                await prepare(connection)
                 if kinds & {"rest", "events", "idle"}:
                     argv, port, env = cluster_code(url, folder / "data")
                     async with serve(argv, ready="/ready", port=port, env=env) as server:
@@ -61,9 +60,8 @@ async def run(kinds: set[str]) -> list[Figure]:
 
 
 async def _lists(url: str) -> list[Figure]:
-    connection = await asyncpg.connect(url)
+    connection = await connect(DatabaseSettings(url=url), name="bench")
     try:
-        await prepare(connection)
         user = await fill(connection, sessions=300, crowd=700)
         small = await session_list.measure(connection, user)
         await fill(connection, sessions=10, crowd=999_000)
