@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Arguments for pytest: make test ARGS="-k sockets"
 ARGS ?=
+# Tests that run at the same time.
+WORKERS ?= auto
 
 .DEFAULT_GOAL := help
 .PHONY: help run demo test check bench clean
@@ -19,7 +21,7 @@ demo: .venv/run.stamp ## Watch a session come and go on the running server (REPO
 
 test: .venv/test.stamp ## Run all tests, with coverage (ARGS= for pytest)
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=4 --dist=worksteal --cov --cov-report=term $(ARGS)
 
 check: .venv/test.stamp ## Format, lint, types, layers
 	$(BIN)/ruff format --check .

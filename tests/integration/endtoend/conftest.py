@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,9 +22,22 @@ def data_dir() -> Iterator[Path]:
         yield Path(folder) / "data"
 
 
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def started_before() -> AsyncIterator[Path]:
+    """The data directory of a server that was started and stopped once: spares each test the making of a database."""
+    with tempfile.TemporaryDirectory(prefix="cc-") as folder:
+        server = Server(Path(folder) / "data")
+        await server.start()
+        assert await server.stop() == 0
+        # These are for one installation only.
+        for name in ("instance", "jwt-secret"):
+            (server.data_dir / name).unlink(missing_ok=True)
+        yield server.data_dir
+
+
 @pytest_asyncio.fixture
 async def idle(data_dir: Path) -> AsyncIterator[Server]:
-    """A server that is not started yet. However the test ends, nothing of it runs on."""
+    """A server that is not started yet, without any data. However the test ends, nothing of it runs on."""
     server = Server(data_dir)
     yield server
     if server._process is not None and server._process.returncode is None:
@@ -32,8 +46,11 @@ async def idle(data_dir: Path) -> AsyncIterator[Server]:
 
 
 @pytest_asyncio.fixture
-async def server(idle: Server) -> Server:
+async def server(idle: Server, started_before: Path) -> Server:
     """A server that is ready."""
+    # Whose files they are matters to PostgreSQL, and `shutil.copytree` forgets it.
+    copy = await asyncio.create_subprocess_exec("cp", "--archive", started_before, idle.data_dir)
+    assert await copy.wait() == 0
     await idle.start()
     return idle
 

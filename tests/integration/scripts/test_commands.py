@@ -18,7 +18,8 @@ import migrations
 from auth.permissions import Identity, Scope
 from auth.tokens import Tokens
 from gateway.token_settings import token_settings
-from scripts import main
+from scripts import main, target
+from scripts.instance import Instance
 
 SECRET = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -311,6 +312,17 @@ def test_wrong_usage_exits_with_2(run: Run) -> None:
     assert run("no-such-command")[0] == 2
     assert run("migrate:down", "--count", "0")[0] == 2
     assert run("--help")[0] == 0
+
+
+def test_a_command_waits_for_its_turn_at_the_embedded_database_and_gives_up(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "")
+    monkeypatch.setattr(target, "_PATIENCE", 0.3)
+    with Instance(tmp_path / "data").hold("another"):
+        code, output, errors = run("migrate:status")
+    assert (code, output) == (2, "")
+    assert "is in use by another (pid" in errors
 
 
 def test_without_a_database_url_a_command_starts_the_embedded_one_and_ends_it(
