@@ -37,7 +37,7 @@ class Limit:
     """One rate, for everybody who is counted by it."""
 
     def __init__(self, text: str, *, variable: str, clock: Callable[[], float] = monotonic) -> None:
-        """`text` is a rate such as `1200/minute`; empty: no limit. Raises SettingsError, which names `variable`."""
+        """`text` is a rate such as `1200/minute`; `none` or empty: no limit. Raises SettingsError, which names `variable`."""
         self._rate = _parse(text, variable)
         self._seconds = self._rate.get_expiry() if self._rate else 1
         self._amount = str(self._rate.amount) if self._rate else ""
@@ -105,12 +105,13 @@ LIMITS = web.AppKey("limits", Limits)
 
 
 def _parse(text: str, variable: str) -> limits.RateLimitItem | None:
-    if not text:
+    # A variable that is empty counts as not set, so that only a word can say it.
+    if text in ("", "off"):
         return None
     try:
         return limits.parse(text)
     except ValueError as error:
-        raise SettingsError(f"{variable}: {text!r} is no rate such as 1200/minute.") from error
+        raise SettingsError(f"{variable}: {text!r} is no rate such as 1200/minute, nor none.") from error
 
 
 def client_address(request: web.Request, trusted_proxies: int) -> str:

@@ -88,12 +88,12 @@ class GatewaySettings:
         "RATE_LIMIT_ADDRESS",
         "str",
         "1200/minute",
-        help="Requests per client address, as N/second|minute|hour; empty: no limit.",
+        help="Requests per client address, as N/second|minute|hour; off: no limit.",
     )
-    rate_limit_user: str = variable("RATE_LIMIT_USER", "str", "6000/minute", help="Requests per user; empty: no limit.")
+    rate_limit_user: str = variable("RATE_LIMIT_USER", "str", "6000/minute", help="Requests per user; off: no limit.")
     # Password guesses and registrations cost us an argon2 hash each.
     rate_limit_login: str = variable(
-        "RATE_LIMIT_LOGIN", "str", "30/minute", help="Sign-ins and registrations per client address; empty: no limit."
+        "RATE_LIMIT_LOGIN", "str", "30/minute", help="Sign-ins and registrations per client address; off: no limit."
     )
     # Hops that append to X-Forwarded-For in front of us; 0: the header is not believed.
     trusted_proxies: int = variable(

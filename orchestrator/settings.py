@@ -97,7 +97,9 @@ def positive(value: float) -> str | None:
 class DatabaseSettings:
     """The PostgreSQL that all processes share."""
 
-    url: str = variable("DATABASE_URL", "str", help="postgresql://user:password@host:port/name", secret=True)
+    url: str = variable(
+        "DATABASE_URL", "str", help="The database, as postgresql://user:password@host:port/name.", secret=True
+    )
     pool_size: int = variable(
         "DATABASE_POOL_SIZE", "int", 10, help="Connections that one process opens at most.", check=positive
     )

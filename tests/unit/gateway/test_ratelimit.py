@@ -87,8 +87,9 @@ def test_each_who_and_each_limit_is_counted_alone() -> None:
         limits.login.take("a")
 
 
-def test_an_empty_limit_is_none() -> None:
-    assert limit("").take("1") == {}
+@pytest.mark.parametrize("rate", ["", "off"])
+def test_a_limit_can_be_none(rate: str) -> None:
+    assert limit(rate).take("1") == {}
 
 
 @pytest.mark.parametrize("rate", ["many", "10", "10/fortnight", "-1/minute"])
