@@ -37,7 +37,7 @@ class Limit:
     """One rate, for everybody who is counted by it."""
 
     def __init__(self, text: str, *, variable: str, clock: Callable[[], float] = monotonic) -> None:
-        """`text` is a rate such as `1200/minute`; `none` or empty: no limit. Raises SettingsError, which names `variable`."""
+        """`text` is a rate such as `1200/minute`; `off` or empty: no limit. Raises SettingsError, naming `variable`."""
         self._rate = _parse(text, variable)
         self._seconds = self._rate.get_expiry() if self._rate else 1
         self._amount = str(self._rate.amount) if self._rate else ""
@@ -111,7 +111,7 @@ def _parse(text: str, variable: str) -> limits.RateLimitItem | None:
     try:
         return limits.parse(text)
     except ValueError as error:
-        raise SettingsError(f"{variable}: {text!r} is no rate such as 1200/minute, nor none.") from error
+        raise SettingsError(f"{variable}: {text!r} is no rate such as 1200/minute, nor off.") from error
 
 
 def client_address(request: web.Request, trusted_proxies: int) -> str:
