@@ -7,10 +7,10 @@ from typing import Any
 from aiohttp import web
 from marshmallow import Schema, ValidationError, fields, validate
 
-from auth import audit, tenants
+from auth import audit, projects, tenants
 from auth.errors import NotVisible
 from auth.permissions import Action, Role, decide
-from auth.tenants import Project as Row
+from auth.projects import Project as Row
 from gateway.fields import (
     NO_NUL,
     Matches,
@@ -114,7 +114,7 @@ def _sees_env(call: Call, role: Role | None) -> bool:
 
 async def _permitted(call: Call, action: Action) -> tuple[Row, Role | None]:
     """The project of the path and the caller's role in its workspace. Raises NotVisible or Forbidden."""
-    found = await tenants.project_with_role(call.connection, user_id=call.identity.user_id, id=call.path["project_id"])
+    found = await projects.with_role(call.connection, user_id=call.identity.user_id, id=call.path["project_id"])
     if found is None:
         raise NotVisible("There is no such project.")
     decide(call.identity, action, found[1], what="project")
@@ -132,7 +132,7 @@ def _check_repository(call: Call) -> None:
 async def list_projects(call: Call) -> web.Response:
     """Those of the caller's workspaces, newest first; administrators see all. No environments in lists."""
     query = call.query
-    items, total = await tenants.list_projects(
+    items, total = await projects.list_page(
         call.connection,
         call.identity,
         query["page"],
@@ -150,7 +150,7 @@ async def create(call: Call) -> web.Response:
     workspace_id = body.pop("workspace_id")
     role = await tenants.role_in(call.connection, workspace_id, identity.user_id)
     decide(identity, Action.PROJECT_WRITE, role, what="workspace")
-    project = await tenants.create_project(call.connection, workspace_id, created_by=identity.user_id, **body)
+    project = await projects.create(call.connection, workspace_id, created_by=identity.user_id, **body)
     await _record(call, "project.create", project.id)
     return answer(_public(project, with_env=True), 201, location=f"/api/v1/projects/{project.id}")
 
@@ -175,7 +175,7 @@ async def update(call: Call) -> web.Response:
     _check_repository(call)
     project, _ = await _permitted(call, Action.PROJECT_WRITE)
     changes: Any = call.body
-    changed = await tenants.update_project(call.connection, project.id, **changes)
+    changed = await projects.update(call.connection, project.id, **changes)
     await _record(call, "project.update", project.id, fields=sorted(changes))
     return answer(_public(changed, with_env=True))
 
@@ -190,7 +190,7 @@ async def update(call: Call) -> web.Response:
 async def delete(call: Call) -> web.Response:
     """For admins and owners of its workspace. 409 while it has a session."""
     project, _ = await _permitted(call, Action.PROJECT_DELETE)
-    await tenants.delete_project(call.connection, project.id)
+    await projects.delete(call.connection, project.id)
     await _record(call, "project.delete", project.id)
     return nothing()
 

@@ -9,10 +9,10 @@ from uuid import UUID
 from aiohttp import web
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
 
-from auth import audit, tenants
+from auth import audit, projects, tenants
 from auth.errors import NotVisible
 from auth.permissions import Action, Role, Scope, decide
-from auth.tenants import Project
+from auth.projects import Project
 from gateway import idempotency
 from gateway.fields import (
     MAX_ID,
@@ -151,14 +151,14 @@ async def _project(call: Call, *, uuid: UUID | None = None, id: int | None = Non
     Raises NotVisible or Forbidden.
     """
     identity = call.identity
-    found = await tenants.project_with_role(call.connection, user_id=identity.user_id, id=id, uuid=uuid)
+    found = await projects.with_role(call.connection, user_id=identity.user_id, id=id, uuid=uuid)
     if found is not None:
         decide(identity, Action.SESSION_READ, found[1], what="project")
         return found
     if uuid is None or not call.context.settings.adopt_projects:
         raise NotVisible("There is no such project.")
     decide(identity, Action.PROJECT_WRITE, Role.OWNER)
-    project = await tenants.adopt_project(call.connection, uuid, identity.user_id)
+    project = await projects.adopt(call.connection, uuid, identity.user_id)
     await audit.record(call.connection, identity.user_id, "project.adopt", f"project:{project.id}", call.address)
     return project, Role.OWNER
 

@@ -16,7 +16,7 @@ from orchestrator.sessions.record import COLUMNS, Session, public
 from orchestrator.sessions.state import Desired, Status, requested
 
 if TYPE_CHECKING:
-    from auth.tenants import Project
+    from auth.projects import Project
 
 __all__ = [
     "LogRecord", "Page", "Session", "SessionEvent", "count_by_status", "create", "events_page", "get", "list_page",

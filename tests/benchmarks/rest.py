@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp.test_utils import TestClient, TestServer
-from auth.tokens import TokenSettings
-from orchestrator.eventlog.memory import MemoryLog
 
+from auth.tokens import TokenSettings
 from gateway import app as gateway_app
 from gateway.settings import GatewaySettings
 from orchestrator.database import open_pool
+from orchestrator.eventlog.memory import MemoryLog
 from orchestrator.settings import DatabaseSettings
 from tests.benchmarks.load import load
 from tests.benchmarks.report import Figure, spread

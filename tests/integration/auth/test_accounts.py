@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 from argon2 import PasswordHasher
 
-from auth import accounts, audit, passwords, refresh, tenants
+from auth import accounts, audit, passwords, projects, refresh, tenants
 from auth.accounts import Removal
 from auth.errors import NotVisible, Taken, Unacceptable, Unauthenticated
 from auth.permissions import Identity, Role
@@ -220,13 +220,13 @@ async def test_an_account_goes_with_all_that_is_its_own(connection: asyncpg.Conn
     user, other = await make_user(), await make_user("bob@example.org")
     shared = await tenants.create(connection, "shared", other.id)
     await tenants.add_member(connection, shared.id, user.id, Role.ADMIN, by=Role.OWNER)
-    project = await tenants.create_project(connection, shared.id, name="p", created_by=user.id)
+    project = await projects.create(connection, shared.id, name="p", created_by=user.id)
     await refresh.open_family(connection, user.id, 60)
     await audit.record(connection, user.id, "user.update", f"user:{user.id}")
     await accounts.delete(connection, user.id)
     assert await personal(connection, user.id) is None
     assert await tenants.role_in(connection, shared.id, user.id) is None
-    assert (await tenants.project_by_id(connection, project.id)).created_by is None
+    assert (await projects.by_id(connection, project.id)).created_by is None
     assert await connection.fetchval("SELECT actor_id FROM audit_log") == user.id
     with pytest.raises(NotVisible):
         await accounts.delete(connection, user.id)
@@ -236,11 +236,11 @@ async def test_an_account_stays_while_its_workspaces_are_needed(
     connection: asyncpg.Connection, make_user: MakeUser
 ) -> None:
     user, other = await make_user(), await make_user("bob@example.org")
-    project = await tenants.create_project(connection, await personal(connection, user.id), name="p")
+    project = await projects.create(connection, await personal(connection, user.id), name="p")
     with pytest.raises(Taken, match="has projects: delete them first") as caught:
         await accounts.delete(connection, user.id)
     assert caught.value.field == "projects"
-    await tenants.delete_project(connection, project.id)
+    await projects.delete(connection, project.id)
 
     shared = await tenants.create(connection, "shared", user.id)
     with pytest.raises(Taken, match=r"only owner of the workspace 'shared'.*first") as caught:
@@ -285,7 +285,7 @@ async def test_a_user_deleted_there_is_deleted_here_or_disabled_while_needed(con
     assert await accounts.find_by_email(connection, "ann@example.org") is None
 
     user = await accounts.upsert_synced(connection, "ext-1", "ann@example.org", "Ann")
-    await tenants.create_project(connection, await personal(connection, user.id), name="p")
+    await projects.create(connection, await personal(connection, user.id), name="p")
     assert await accounts.delete_synced(connection, "ext-1") is Removal.DISABLED
     assert (await accounts.get(connection, user.id)).is_disabled
 

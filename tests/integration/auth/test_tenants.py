@@ -6,7 +6,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from auth import accounts, tenants
+from auth import accounts, projects, tenants
 from auth.accounts import User
 from auth.errors import Forbidden, NotVisible, Taken, Unacceptable
 from auth.permissions import Identity, Role
@@ -84,11 +84,11 @@ async def test_a_workspace_is_renamed(connection: asyncpg.Connection, workspace:
 async def test_a_workspace_goes_when_it_is_empty_and_nobodys_own(
     connection: asyncpg.Connection, ann: User, workspace: Workspace
 ) -> None:
-    project = await tenants.create_project(connection, workspace.id, name="p")
+    project = await projects.create(connection, workspace.id, name="p")
     with pytest.raises(Taken, match=r"has 1 project\(s\): delete them first") as caught:
         await tenants.delete(connection, workspace.id)
     assert caught.value.field == "projects"
-    await tenants.delete_project(connection, project.id)
+    await projects.delete(connection, project.id)
     await tenants.delete(connection, workspace.id)
     with pytest.raises(NotVisible):
         await tenants.delete(connection, workspace.id)
@@ -204,7 +204,7 @@ async def test_a_project_is_made_read_and_changed(
     connection: asyncpg.Connection, ann: User, bob: User, workspace: Workspace
 ) -> None:
     uuid = uuid4()
-    project = await tenants.create_project(
+    project = await projects.create(
         connection,
         workspace.id,
         name="'; DROP TABLE projects; --",
@@ -220,33 +220,33 @@ async def test_a_project_is_made_read_and_changed(
         ann.id,
         {"A": "1"},
     )
-    assert await tenants.project_by_id(connection, project.id) == project
-    assert await tenants.project_by_uuid(connection, uuid) == project
-    assert await tenants.project_with_role(connection, id=project.id, user_id=ann.id) == (project, Role.OWNER)
-    assert await tenants.project_with_role(connection, uuid=uuid, user_id=bob.id) == (project, None)
-    assert await tenants.project_with_role(connection, uuid=uuid4(), user_id=bob.id) is None
+    assert await projects.by_id(connection, project.id) == project
+    assert await projects.by_uuid(connection, uuid) == project
+    assert await projects.with_role(connection, id=project.id, user_id=ann.id) == (project, Role.OWNER)
+    assert await projects.with_role(connection, uuid=uuid, user_id=bob.id) == (project, None)
+    assert await projects.with_role(connection, uuid=uuid4(), user_id=bob.id) is None
 
-    changed = await tenants.update_project(connection, project.id, name=" new ", branch=None, env={})
+    changed = await projects.update(connection, project.id, name=" new ", branch=None, env={})
     assert (changed.name, changed.branch, changed.env, changed.repo_url) == ("new", None, {}, project.repo_url)
     assert changed.updated_at > project.updated_at
-    assert (await tenants.update_project(connection, project.id, repo_url=None)).repo_url is None
+    assert (await projects.update(connection, project.id, repo_url=None)).repo_url is None
 
 
 async def test_a_project_that_cannot_be_is_refused(connection: asyncpg.Connection, workspace: Workspace) -> None:
-    project = await tenants.create_project(connection, workspace.id, name="p")
+    project = await projects.create(connection, workspace.id, name="p")
     with pytest.raises(Taken) as caught:
-        await tenants.create_project(connection, workspace.id, name="q", uuid=project.uuid)
+        await projects.create(connection, workspace.id, name="q", uuid=project.uuid)
     assert caught.value.field == "uuid"
     with pytest.raises(Unacceptable):
-        await tenants.create_project(connection, workspace.id, name="")
+        await projects.create(connection, workspace.id, name="")
     with pytest.raises(Unacceptable):
-        await tenants.update_project(connection, project.id, name="\x00")
+        await projects.update(connection, project.id, name="\x00")
     for change in (
-        tenants.create_project(connection, 10**9, name="p"),
-        tenants.project_by_id(connection, 10**9),
-        tenants.project_by_uuid(connection, uuid4()),
-        tenants.update_project(connection, 10**9, name="p"),
-        tenants.delete_project(connection, 10**9),
+        projects.create(connection, 10**9, name="p"),
+        projects.by_id(connection, 10**9),
+        projects.by_uuid(connection, uuid4()),
+        projects.update(connection, 10**9, name="p"),
+        projects.delete(connection, 10**9),
     ):
         with pytest.raises(NotVisible):
             await change
@@ -255,14 +255,14 @@ async def test_a_project_that_cannot_be_is_refused(connection: asyncpg.Connectio
 async def test_people_see_the_projects_of_their_workspaces_and_administrators_all(
     connection: asyncpg.Connection, ann: User, bob: User, workspace: Workspace
 ) -> None:
-    first = await tenants.create_project(connection, workspace.id, name="first")
-    second = await tenants.create_project(connection, await personal(connection, ann), name="second")
-    assert await tenants.list_projects(connection, identity(ann), 1, 10) == ([second, first], 2)
-    assert await tenants.list_projects(connection, identity(ann), 2, 1) == ([first], 2)
-    assert await tenants.list_projects(connection, identity(ann), 1, 9, workspace_id=workspace.id) == ([first], 1)
-    assert await tenants.list_projects(connection, identity(bob), 1, 9, workspace_id=workspace.id) == ([], 0)
-    assert await tenants.list_projects(connection, identity(bob), 1, 9) == ([], 0)
-    assert await tenants.list_projects(connection, identity(bob, is_admin=True), 1, 9) == ([second, first], 2)
+    first = await projects.create(connection, workspace.id, name="first")
+    second = await projects.create(connection, await personal(connection, ann), name="second")
+    assert await projects.list_page(connection, identity(ann), 1, 10) == ([second, first], 2)
+    assert await projects.list_page(connection, identity(ann), 2, 1) == ([first], 2)
+    assert await projects.list_page(connection, identity(ann), 1, 9, workspace_id=workspace.id) == ([first], 1)
+    assert await projects.list_page(connection, identity(bob), 1, 9, workspace_id=workspace.id) == ([], 0)
+    assert await projects.list_page(connection, identity(bob), 1, 9) == ([], 0)
+    assert await projects.list_page(connection, identity(bob, is_admin=True), 1, 9) == ([second, first], 2)
 
 
 async def test_concurrent_adoptions_make_one_project_of_the_personal_workspace(
@@ -272,7 +272,7 @@ async def test_concurrent_adoptions_make_one_project_of_the_personal_workspace(
 
     async def adopt() -> object:
         async with pool.acquire() as other:
-            return await tenants.adopt_project(other, uuid, ann.id)
+            return await projects.adopt(other, uuid, ann.id)
 
     adopted = await asyncio.gather(*(adopt() for _ in range(8)))
     assert len({project.id for project in adopted}) == 1
@@ -284,13 +284,13 @@ async def test_concurrent_adoptions_make_one_project_of_the_personal_workspace(
 async def test_anothers_project_is_not_adopted(
     connection: asyncpg.Connection, ann: User, bob: User, workspace: Workspace
 ) -> None:
-    project = await tenants.create_project(connection, workspace.id, name="p")
+    project = await projects.create(connection, workspace.id, name="p")
     with pytest.raises(NotVisible):
-        await tenants.adopt_project(connection, project.uuid, bob.id)
+        await projects.adopt(connection, project.uuid, bob.id)
     await tenants.add_member(connection, workspace.id, bob.id, Role.VIEWER, by=Role.OWNER)
-    assert await tenants.adopt_project(connection, project.uuid, bob.id) == project
+    assert await projects.adopt(connection, project.uuid, bob.id) == project
     with pytest.raises(NotVisible):
-        await tenants.adopt_project(connection, uuid4(), 10**9)
+        await projects.adopt(connection, uuid4(), 10**9)
 
 
 INSERT_SESSION = """
@@ -303,7 +303,7 @@ INSERT_SESSION = """
 async def test_a_project_with_a_session_stays_and_deleted_sessions_go_with_it(
     connection: asyncpg.Connection, workspace: Workspace
 ) -> None:
-    project = await tenants.create_project(connection, workspace.id, name="p")
+    project = await projects.create(connection, workspace.id, name="p")
     provider = await connection.fetchval("INSERT INTO providers (name, kind) VALUES ('local', 'local') RETURNING id")
     for _ in range(2):
         await connection.fetchval(INSERT_SESSION, project.id, provider, "deleted")
@@ -312,25 +312,25 @@ async def test_a_project_with_a_session_stays_and_deleted_sessions_go_with_it(
         "INSERT INTO session_events (session_id, status, reason, message) VALUES ($1, 'running', '', '')", session
     )
     with pytest.raises(Taken, match=f"has a session, {session}, which is running: delete it") as caught:
-        await tenants.delete_project(connection, project.id)
+        await projects.delete(connection, project.id)
     assert caught.value.field == "session"
     assert await connection.fetchval("SELECT count(*) FROM sessions") == 3
     await connection.execute("UPDATE sessions SET status = 'deleted'")
-    await tenants.delete_project(connection, project.id)
+    await projects.delete(connection, project.id)
     assert await connection.fetchval("SELECT count(*) FROM sessions") == 0
     with pytest.raises(NotVisible):
-        await tenants.project_by_id(connection, project.id)
+        await projects.by_id(connection, project.id)
 
 
 async def test_a_session_that_is_being_made_keeps_its_project(
     pool: Pool, connection: asyncpg.Connection, workspace: Workspace
 ) -> None:
-    project = await tenants.create_project(connection, workspace.id, name="p")
+    project = await projects.create(connection, workspace.id, name="p")
     provider = await connection.fetchval("INSERT INTO providers (name, kind) VALUES ('local', 'local') RETURNING id")
 
     async def delete() -> None:
         async with pool.acquire() as other:
-            await tenants.delete_project(other, project.id)
+            await projects.delete(other, project.id)
 
     async with connection.transaction():
         await connection.fetchval(INSERT_SESSION, project.id, provider, "pending")

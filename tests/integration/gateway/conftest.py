@@ -14,7 +14,7 @@ import pytest_asyncio
 from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient, TestServer
 
-from auth import accounts, tenants
+from auth import accounts, projects, tenants
 from auth.permissions import Role
 from auth.tokens import TokenSettings
 from gateway.app import build
@@ -96,7 +96,7 @@ class Api:
     async def project(self, workspace_id: int, uuid: UUID | None = None) -> dict[str, Any]:
         """A project; its id and UUID."""
         async with self.pool.acquire() as connection:
-            made = await tenants.create_project(connection, workspace_id, name="site", uuid=uuid or uuid4())
+            made = await projects.create(connection, workspace_id, name="site", uuid=uuid or uuid4())
         return {"id": made.id, "uuid": str(made.uuid)}
 
     async def session(self, who: Person, project: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from auth.tenants import Project, project_by_id
+from auth import projects
+from auth.projects import Project
 from orchestrator.database import Pool, open_pool
 from orchestrator.eventlog.memory import MemoryLog
 from orchestrator.run import Orchestrator
@@ -45,7 +46,7 @@ class Stage:
                    VALUES ($1, $2, 'https://example.org/shop.git', 'main', '{"A": "1"}') RETURNING id""",
                 self.workspace_id, name,
             )  # fmt: skip
-            project = await project_by_id(connection, project_id)
+            project = await projects.by_id(connection, project_id)
         assert project is not None
         return project
 
