@@ -37,10 +37,12 @@ async def served(page: str) -> AsyncIterator[Repository]:
         (base / "demo").mkdir()
         (base / "demo" / "index.html").write_text(page)
         await _make(base / "demo")
+        # Not through `git daemon`, which would start it as a child that outlives a killed parent.
+        program = (await _git(base, "--exec-path")).strip() + "/git-daemon"
         port = _free_port()
         with (base / "daemon.log").open("wb") as output:
             daemon = await asyncio.create_subprocess_exec(
-                *_dies_with_us(), "git", "daemon", "--reuseaddr", "--export-all", "--informative-errors",
+                *_dies_with_us(), program, "--reuseaddr", "--export-all", "--informative-errors",
                 "--listen=127.0.0.1", f"--port={port}", f"--base-path={base}", str(base),
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
@@ -52,7 +54,7 @@ async def served(page: str) -> AsyncIterator[Repository]:
 
 
 async def _end(daemon: asyncio.subprocess.Process) -> None:
-    """`git` ends and reaps the daemon that it has started, when it is asked; when not, the whole group is killed."""
+    """Ask it to end; kill it, with whatever it has started, when it does not."""
     with suppress(ProcessLookupError):
         daemon.terminate()
     try:
@@ -73,7 +75,8 @@ async def _make(folder: Path) -> None:
         await _git(folder, *arguments)
 
 
-async def _git(folder: Path, *arguments: str) -> None:
+async def _git(folder: Path, *arguments: str) -> str:
+    """What git prints. Raises DemoFailed."""
     # Nobody's configuration, templates or hooks.
     environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
     try:
@@ -86,6 +89,7 @@ async def _git(folder: Path, *arguments: str) -> None:
     output, _ = await git.communicate()
     if git.returncode != 0:
         raise DemoFailed(f"git {arguments[0]} failed: {output.decode(errors='replace').strip()}")
+    return output.decode()
 
 
 async def _until_it_answers(daemon: asyncio.subprocess.Process, port: int, output: Path) -> None:
