@@ -109,9 +109,18 @@ class _Readings(Collector):
         yield sessions
 
     def _realtime(self) -> Iterator[Metric]:
-        hub = self._context.hub
-        yield _gauge("feed_ready", "Whether the feed has caught up with the event log.", int(self._context.feed.ready))
+        hub, feed, history = self._context.hub, self._context.feed, self._context.history
         yield _gauge("log_head", "Offset of the newest entry of the event log.", self._context.log.head)
+        yield _gauge("feed_ready", "Whether the feed has caught up with the event log.", int(feed.ready))
+        yield _gauge("feed_offset", "Offset of the last entry that the feed has read.", feed.offset)
+        if feed.age is not None:
+            yield _gauge("feed_age_seconds", "Seconds since it read one.", feed.age)
+        yield _counter("feed_invalid", "Entries that were no envelope and were passed over.", feed.invalid)
+        yield _counter("feed_failures", "Times that the log could not be read.", feed.failures)
+        yield _counter("feed_resets", "Times that the feed began anew, and all clients with it.", feed.resets)
+        yield _gauge("history_events", "Events kept for clients that resume.", len(history))
+        yield _gauge("history_bytes", "Bytes that they take.", history.bytes)
+        yield _counter("history_repeats", "Repeated publications that were dropped.", history.repeats)
         yield _gauge("connections", "Open WebSocket connections.", len(hub.connections))
         yield _gauge("connected_users", "Users that have one.", len(hub.by_user))
         yield _counter("deliveries", "Events handed to connections.", hub.deliveries)

@@ -273,9 +273,11 @@ def classify(said: str) -> tuple[str, str]:
     """Why a clone failed, from what git said: a reason of `_SENTENCES`, and the words that tell most."""
     lines = said.splitlines()
     for reason, pattern in _CAUSES.items():
-        for line in lines:
+        for place, line in enumerate(lines):
             if re.search(pattern, line, re.IGNORECASE):
-                return reason, _bare(line)
+                # After a colon the reason itself stands on the next line.
+                more = lines[place + 1 : place + 2] if line.endswith(":") else []
+                return reason, " ".join([_bare(line), *more])
     telling = [line for line in lines if line.startswith(("fatal:", "error:"))] or lines
     return "CloneFailed", " ".join(_bare(line) for line in telling[-3:])
 

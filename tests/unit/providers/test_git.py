@@ -93,7 +93,11 @@ def test_other_branches_are_not(branch: str) -> None:
             "HostUnreachable",
             "ssh: Could not resolve",
         ),
-        ("fatal: unable to connect to h:\nh[0: 127.0.0.1]: errno=Connection refused", "HostUnreachable", "unable to"),
+        (
+            "fatal: unable to connect to h:\nh[0: 127.0.0.1]: errno=Connection refused",
+            "HostUnreachable",
+            "unable to connect to h: h[0: 127.0.0.1]: errno=Connection refused",
+        ),
         ("remote: Repository not found.\nfatal: Authentication failed", "RepositoryNotFound", "remote: Repository"),
         ("fatal: remote error: access denied or repository not exported: /x", "RepositoryNotFound", "remote error"),
         ("git@h: Permission denied (publickey).\nfatal: Could not read", "AuthenticationNeeded", "git@h: Permission"),
