@@ -12,12 +12,12 @@ from __future__ import annotations
 import binascii
 import hashlib
 import math
+import secrets
 import time
 from base64 import urlsafe_b64decode
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
-from uuid import uuid4
 
 import asyncpg
 import jwt
@@ -214,7 +214,8 @@ class Tokens:
             "iat": now,
             "nbf": int(now),
             "exp": math.ceil(now + ttl),
-            "jti": str(uuid4()),
+            # Read as a UUID; made without the detour over one, which takes twice as long.
+            "jti": secrets.token_hex(16),
         }
 
     def _sign(self, claims: Mapping[str, Any]) -> str:
