@@ -18,6 +18,8 @@ from orchestrator.errors import SettingsError
 
 _REQUIRED = dataclasses.MISSING
 T = TypeVar("T")
+# What a person calls the environs parsers.
+_KINDS = {"int": "whole number", "float": "number", "bool": "true or false"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,9 @@ def load(settings: type[T], env: Env, **overrides: Any) -> T:
             value = getattr(env, meta.parse)(meta.name)
         except EnvError as error:
             given = "the value given" if meta.secret else repr(env.str(meta.name))
-            raise SettingsError(f"{meta.name}: {given} is no {meta.parse}. {meta.help}") from error
+            raise SettingsError(
+                f"{meta.name}: {given} is no {_KINDS.get(meta.parse, meta.parse)}. {meta.help}"
+            ) from error
         if meta.check and (wrong := meta.check(value)):
             raise SettingsError(f"{meta.name} {wrong}. {meta.help}")
         values[declared.name] = value

@@ -54,9 +54,9 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
     ("name", "value", "line"),
     [
         ("EXAMPLE_REQUIRED", "", "EXAMPLE_REQUIRED is not set: What it is for."),
-        ("EXAMPLE_NUMBER", "many", "EXAMPLE_NUMBER: 'many' is no int. How many."),
+        ("EXAMPLE_NUMBER", "many", "EXAMPLE_NUMBER: 'many' is no whole number. How many."),
         ("EXAMPLE_NUMBER", "0", "EXAMPLE_NUMBER must be greater than 0, not 0. How many."),
-        ("EXAMPLE_PIN", "hunter2", "EXAMPLE_PIN: the value given is no int. The pin."),
+        ("EXAMPLE_PIN", "hunter2", "EXAMPLE_PIN: the value given is no whole number. The pin."),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_it(
@@ -89,11 +89,11 @@ def test_an_environment_without_a_file_is_fine(tmp_path: Path) -> None:
     ("settings", "name", "value", "wrong"),
     [
         (GatewaySettings, "PORT", "65536", "PORT must be 0 to 65535, not 65536"),
-        (GatewaySettings, "PORT", "http", "PORT: 'http' is no int"),
+        (GatewaySettings, "PORT", "http", "PORT: 'http' is no whole number"),
         (GatewaySettings, "REGISTRATION", "perhaps", "REGISTRATION: 'perhaps' is no bool"),
         (RealtimeSettings, "WS_PING_INTERVAL", "-1", "WS_PING_INTERVAL must be greater than 0"),
         (DatabaseSettings, "DATABASE_POOL_SIZE", "0", "DATABASE_POOL_SIZE must be greater than 0"),
-        (OrchestratorSettings, "ORCHESTRATOR_LEASE", "long", "ORCHESTRATOR_LEASE: 'long' is no float"),
+        (OrchestratorSettings, "ORCHESTRATOR_LEASE", "long", "ORCHESTRATOR_LEASE: 'long' is no number"),
         (TokenVariables, "JWT_ALGORITHM", "none", "JWT_ALGORITHM must be one of"),
         (LogSettings, "LOG_LEVEL", "loud", "LOG_LEVEL must be one of debug, info, warning, error, not 'loud'"),
         (LogSettings, "LOG_FORMAT", "xml", "LOG_FORMAT must be one of auto, text, json, not 'xml'"),
