@@ -18,8 +18,8 @@ from orchestrator.errors import SettingsError
 
 _REQUIRED = dataclasses.MISSING
 T = TypeVar("T")
-# What a person calls the environs parsers.
-_KINDS = {"int": "whole number", "float": "number", "bool": "true or false"}
+# What to say of a value that an environs parser refuses.
+_WRONG = {"int": "is no whole number", "float": "is no number", "bool": "is neither true nor false"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ def test_an_environment_without_a_file_is_fine(tmp_path: Path) -> None:
     [
         (GatewaySettings, "PORT", "65536", "PORT must be 0 to 65535, not 65536"),
         (GatewaySettings, "PORT", "http", "PORT: 'http' is no whole number"),
-        (GatewaySettings, "REGISTRATION", "perhaps", "REGISTRATION: 'perhaps' is no bool"),
+        (GatewaySettings, "REGISTRATION", "perhaps", "REGISTRATION: 'perhaps' is neither true nor false"),
         (RealtimeSettings, "WS_PING_INTERVAL", "-1", "WS_PING_INTERVAL must be greater than 0"),
         (DatabaseSettings, "DATABASE_POOL_SIZE", "0", "DATABASE_POOL_SIZE must be greater than 0"),
         (OrchestratorSettings, "ORCHESTRATOR_LEASE", "long", "ORCHESTRATOR_LEASE: 'long' is no number"),
