@@ -19,7 +19,7 @@ from orchestrator.errors import SettingsError
 _REQUIRED = dataclasses.MISSING
 T = TypeVar("T")
 # What to say of a value that an environs parser refuses.
-_WRONG = {"int": "is no whole number", "float": "is no number", "bool": "is neither true nor false"}
+_REFUSALS = {"int": "is no whole number", "float": "is no number", "bool": "is neither true nor false"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,8 @@ def load(settings: type[T], env: Env, **overrides: Any) -> T:
             value = getattr(env, meta.parse)(meta.name)
         except EnvError as error:
             given = "the value given" if meta.secret else repr(env.str(meta.name))
-            raise SettingsError(
-                f"{meta.name}: {given} is no {_KINDS.get(meta.parse, meta.parse)}. {meta.help}"
-            ) from error
+            refusal = _REFUSALS.get(meta.parse, f"is no {meta.parse}")
+            raise SettingsError(f"{meta.name}: {given} {refusal}. {meta.help}") from error
         if meta.check and (wrong := meta.check(value)):
             raise SettingsError(f"{meta.name} {wrong}. {meta.help}")
         values[declared.name] = value
