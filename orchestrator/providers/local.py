@@ -27,6 +27,7 @@ from orchestrator.providers.contract import (
     SessionSpec,
     State,
 )
+from orchestrator.providers.leaders import Leaders
 from orchestrator.providers.operations import Operations, finish, in_thread
 from orchestrator.providers.options import LocalOptions
 from orchestrator.providers.processes import SERVICE, end
@@ -43,6 +44,7 @@ class LocalProvider:
     def __init__(self, data_dir: Path, sink: LogSink, options: LocalOptions | Mapping[str, Any] | None = None) -> None:
         self._options = options if isinstance(options, LocalOptions) else LocalOptions.load(options or {})
         self._directory = Directory(Path(self._options.directory) if self._options.directory else data_dir)
+        self._leaders = Leaders(self._directory.path / "leaders.json")
         self._sink = sink
         self._ports = Ports()
         self._operations = Operations()
@@ -125,7 +127,9 @@ class LocalProvider:
         """Hold the directory, and end the processes that a killed process has left running there."""
         try:
             await in_thread(self._directory.hold)
-            ended = await end(selection_of(self._directory.instance), grace=min(self._options.stop_grace, 1.0))
+            left = selection_of(self._directory.instance, leaders=await in_thread(self._leaders.left))
+            ended = await end(left, grace=min(self._options.stop_grace, 1.0))
+            await in_thread(self._leaders.clear)
         except BaseException:
             self._directory.release()
             raise
@@ -140,7 +144,9 @@ class LocalProvider:
             return current.endpoints
         await self._end(session_id)
         files = self._directory.files(session_id)
-        session = RunningSession(spec, files, self._directory.instance, self._options, self._sink, self._changed)
+        session = RunningSession(
+            spec, files, self._directory.instance, self._leaders, self._options, self._sink, self._changed
+        )
         self._sessions[session_id] = session
         try:
             await self._prepare(session, report)

@@ -1,8 +1,8 @@
 """Processes: started through `launch`, found again by the markers in their environment, and ended, all of them.
 
 A process group is not enough: a process leaves it with setsid(2). The environment is inherited whatever a process does,
-but for one that empties it; such a one is found as long as it stays in the session (setsid(2) again) of a process that
-we started.
+but for one that empties it; such a one is found as long as it stays in the session (setsid(2) again) of a service that
+we launched, also by the next start after a `kill -9` (`leaders`). One that does both escapes.
 """
 
 from __future__ import annotations

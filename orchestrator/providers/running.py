@@ -6,7 +6,7 @@ import asyncio
 import os
 import pwd
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -15,7 +15,8 @@ from orchestrator.errors import ProviderFailure
 from orchestrator.machine_schema import errors_for_kind, flatten
 from orchestrator.providers.contract import Endpoints, LogLine, LogSink, Observation, SessionSpec, State
 from orchestrator.providers.launch import NOT_FOUND
-from orchestrator.providers.operations import finish
+from orchestrator.providers.leaders import Leaders
+from orchestrator.providers.operations import finish, in_thread
 from orchestrator.providers.options import LocalOptions
 from orchestrator.providers.output import Capture, drain, open_pipe
 from orchestrator.providers.processes import INSTANCE, SERVICE, SESSION, Limits, Selection, end, spawn
@@ -34,6 +35,7 @@ class RunningSession:
         spec: SessionSpec,
         files: SessionFiles,
         instance: str,
+        leaders: Leaders,
         options: LocalOptions,
         sink: LogSink,
         changed: Callable[[RunningSession], None],
@@ -46,6 +48,7 @@ class RunningSession:
         # Why it does not run.
         self.failure: ProviderFailure | None = None
         self.markers = {INSTANCE: instance, SESSION: str(spec.ref.session_id)}
+        self._leaders = leaders
         self._options = options
         self._sink = sink
         self._changed = changed
@@ -79,7 +82,7 @@ class RunningSession:
         """Launch the services; their names. Raises ProviderFailure, and then has launched none."""
         definitions = list(self._definitions())
         for definition in definitions:
-            service = Service(definition, self._options, ports, self._sink, partial(self._changed, self))
+            service = Service(definition, self._options, ports, self._leaders, self._sink, partial(self._changed, self))
             self._services.append(service)
             name = f"session {self.spec.ref.session_id} {definition.name}"
             self._tasks.append(asyncio.create_task(service.run(), name=name))
@@ -115,6 +118,7 @@ class RunningSession:
                 await asyncio.wait(self._tasks)
         # One may have been launched in the very moment.
         await end(Selection(self.markers), grace=0)
+        await in_thread(partial(self._leaders.forget, self.spec.ref.session_id))
 
     async def exec(self, argv: Sequence[str]) -> tuple[int, bytes]:
         """Run a command in the workspace; what it leaves in the background lives until the session ends."""
@@ -237,7 +241,7 @@ def _user() -> str:
         return str(os.geteuid())
 
 
-def selection_of(instance: str, session_id: int | None = None) -> Selection:
-    """The processes of a session, or of all of them, whoever started them."""
+def selection_of(instance: str, session_id: int | None = None, leaders: Collection[int] = ()) -> Selection:
+    """The processes of a session, or of all of them, whoever started them; and those in the sessions of the leaders."""
     markers = {INSTANCE: instance}
-    return Selection(markers if session_id is None else {**markers, SESSION: str(session_id)})
+    return Selection(markers if session_id is None else {**markers, SESSION: str(session_id)}, leaders)

@@ -25,6 +25,8 @@ import structlog
 
 from orchestrator.errors import ProviderFailure
 from orchestrator.providers.contract import Endpoint, LogLine, LogSink
+from orchestrator.providers.leaders import Leaders
+from orchestrator.providers.operations import in_thread
 from orchestrator.providers.options import LocalOptions
 from orchestrator.providers.output import Stream, Tail, drain, open_pipe
 from orchestrator.providers.processes import Limits, Selection, end, ending, spawn
@@ -122,6 +124,7 @@ class Service:
         definition: Definition,
         options: LocalOptions,
         ports: Ports,
+        leaders: Leaders,
         sink: LogSink,
         changed: Callable[[], None],
     ) -> None:
@@ -133,6 +136,7 @@ class Service:
         self.failure: ProviderFailure | None = None
         self._options = options
         self._ports = ports
+        self._leaders = leaders
         self._sink = sink
         self._changed = changed
         self._crashes = 0
@@ -239,10 +243,13 @@ class Service:
                 for write in writes:
                     os.close(write)
             self._leader = process.pid
+            # First of all: from here on, the next start finds what it leaves, should we be killed.
+            await in_thread(partial(self._leaders.add, definition.session_id, process.pid))
             how = await self._watch(process)
             if not self._stopping:
                 # What it leaves behind would hold its port, and its streams.
                 await end(Selection(definition.markers, {process.pid}), grace=0)
+                await in_thread(partial(self._leaders.forget, definition.session_id, process.pid))
             await drain(*streams, timeout=1)
             return how
         finally:

@@ -2,6 +2,7 @@
 
     {directory}/local.lock      held while a provider uses the directory
     {directory}/instance        what its processes are marked with
+    {directory}/leaders.json    whose processes may be left when we are killed (`leaders`)
     {directory}/sessions/7/     workspace/  home/  tmp/  session.json
     {directory}/sessions/.gone-7-…   on its way out
 

@@ -32,7 +32,7 @@ async def report(reason, message):
 async def main():
     provider = LocalProvider(Path(sys.argv[1]), lambda line: None, {"clone_deadline": 60})
     script = "setsid sh -c 'trap \\"\\" TERM; sleep 1000 & wait' & exec python3 -m http.server $PORT --bind 127.0.0.1"
-    asked = spec({"preview": shell(script, ready="/")}, repo_url=sys.argv[2] or None)
+    asked = spec({"preview": shell(sys.argv[5] + script, ready="/")}, repo_url=sys.argv[2] or None)
     await provider.start(asked, report)
     print("running", flush=True)
     if sys.argv[3] == "delete":
@@ -49,10 +49,10 @@ else:
 
 @asynccontextmanager
 async def host(
-    data_dir: Path, *, repo_url: str = "", then: str = "wait", loop: str = "asyncio"
+    data_dir: Path, *, repo_url: str = "", then: str = "wait", loop: str = "asyncio", first: str = ""
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", HOST, str(data_dir), repo_url, then, loop,
+        sys.executable, "-c", HOST, str(data_dir), repo_url, then, loop, first,
         cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:
@@ -93,6 +93,27 @@ async def test_no_orphan_is_left_and_the_session_starts_again(
         assert (await provider.inspect(spec().ref)).state is State.STOPPED
         await provider.start(spec(), heard.report)
         assert (await provider.inspect(spec().ref)).state is State.RUNNING
+
+
+async def test_a_process_without_an_environment_is_ended_too(make: MakeProvider, data_dir: Path) -> None:
+    number = f"9{os.getpid()}"
+
+    def sleeping() -> list[psutil.Process]:
+        return [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", number]]
+
+    async with host(data_dir, first=f"env -i sleep {number} & ") as process:
+        await says(process, b"running")
+        await until(sleeping)
+        await killed(process)
+        left = sleeping()
+        try:
+            assert left
+            await make().check()
+            assert sleeping() == []
+        finally:
+            for one in left:
+                if one.is_running():
+                    one.kill()
 
 
 async def test_a_clone_dies_with_its_provider_and_is_made_anew(
