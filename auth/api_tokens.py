@@ -144,7 +144,7 @@ def _check_grant(by: Identity | None, scopes: Collection[str], channels: Sequenc
                 raise Forbidden(
                     f"The token that you use lacks the scope {scope!r}, so that it cannot give it to another."
                 )
-    if by.is_admin if by is not None else is_admin:
+    if is_admin if by is None else by.is_admin and has_scope(by, Scope.ADMIN):
         return
     for channel in channels:
         if by is None or not patterns.covers(by.channels, channel):

@@ -180,6 +180,9 @@ class Tokens:
         """
         _check_form(token)
         short = parse_short(self._decode(token, self._short_audience))
+        # No leeway here: its end is told to the second, and it is ours.
+        if short.claims.expires_at <= time.time():
+            raise Unauthenticated("The short token has expired: swap the main token for a new one.")
         if short.main_exp is not None and short.main_exp <= time.time() - self._settings.leeway:
             raise Unauthenticated("The main token behind this short token has expired.")
         row = await connection.fetchrow(

@@ -72,7 +72,6 @@ def build(
     app.cleanup_ctx.append(outside.opened)
     app.cleanup_ctx.append(_tokens_closed)
     app.cleanup_ctx.append(_feed_running)
-    app.on_shutdown.append(_drain)
     return app
 
 
@@ -141,7 +140,7 @@ async def _drain(app: web.Application) -> None:
 
 @asynccontextmanager
 async def listening(app: web.Application, settings: GatewaySettings) -> AsyncIterator[int]:
-    """Serve `app` while the body runs; yields the port. At the end: no new connections, drain, finish, close.
+    """Serve `app` while the body runs; yields the port. At the end: drain, no new connections, finish, close.
 
     Raises SettingsError when the address cannot be listened on. The body should watch `app[FEED]`: see `until_failure`.
     """
@@ -154,7 +153,11 @@ async def listening(app: web.Application, settings: GatewaySettings) -> AsyncIte
             await web.TCPSite(runner, settings.host, settings.port, reuse_address=True, backlog=1024).start()
         except OSError as error:
             raise SettingsError(_cannot_listen(settings, error)) from error
-        yield int(runner.addresses[0][1])
+        try:
+            yield int(runner.addresses[0][1])
+        finally:
+            # Still listening: who comes now is told (503), and finds another replica.
+            await _drain(app)
     finally:
         await runner.cleanup()
 

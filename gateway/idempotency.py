@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Awaitable, Callable
 
+import orjson
 from aiohttp import web
 
 from gateway.operation import Call
@@ -56,9 +57,7 @@ async def once(call: Call, perform: Callable[[], Awaitable[web.Response]]) -> we
     )
     if kept["request_hash"] != request.digest():
         raise Problem(422, f"This {HEADER} was sent with another request.", errors={HEADER: ["Already used."]})
-    return web.Response(
-        status=kept["status"],
-        body=kept["body"],
-        content_type="application/json",
-        headers={"Cache-Control": "no-store", "Idempotency-Replayed": "true"},
-    )
+    headers = {"Cache-Control": "no-store", "Idempotency-Replayed": "true"}
+    if kept["status"] == 201:
+        headers["Location"] = f"{call.request.path}/{orjson.loads(kept['body'])['id']}"
+    return web.Response(status=kept["status"], body=kept["body"], content_type="application/json", headers=headers)

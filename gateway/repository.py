@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from orchestrator.errors import Invalid
 
@@ -26,6 +26,19 @@ def check_repo_url(url: str, schemes: Collection[str]) -> None:
     """Return when `url` is a repository that may be cloned over one of `schemes`; raises Invalid (`repo_url`)."""
     if wrong := _wrong_with(url, schemes):
         raise Invalid(f"repo_url {wrong}.", field="repo_url")
+
+
+def without_secrets(url: str) -> str:
+    """The URL for who may see where the code is, and not how it is had.
+
+    Without password and query; over http without the user too, which is often a token. That of ssh (`git@`) is none.
+    """
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    userinfo, _, host = parts.netloc.rpartition("@")
+    user = "" if parts.scheme.startswith("http") else userinfo.partition(":")[0]
+    return urlunsplit(parts._replace(netloc=f"{user}@{host}" if user else host, query=""))
 
 
 def _wrong_with(url: str, schemes: Collection[str]) -> str | None:
@@ -57,10 +70,11 @@ def _wrong_with_url(url: str, schemes: Collection[str]) -> str | None:
         port = parts.port
     except ValueError:
         return "is no well-formed URL"
-    if parts.scheme not in schemes:
+    if parts.scheme not in schemes or not url.startswith(f"{parts.scheme}://"):
         return f"has a scheme that is not allowed: use {_listed(schemes)}"
     authority = parts.netloc.rpartition("@")
-    if authority[0].startswith("-"):
+    userinfo = unquote(authority[0])
+    if userinfo.startswith("-") or not userinfo.isprintable():
         return "has a user that is not allowed"
     # Not parts.hostname, which hides what it strips.
     host = authority[2]

@@ -28,6 +28,7 @@ import migrations
 from auth import accounts, passwords
 from auth.errors import Taken
 from gateway import app as gateway
+from gateway.ratelimit import Limits
 from gateway.settings import GatewaySettings, RealtimeSettings
 from gateway.token_settings import token_settings
 from orchestrator import machines
@@ -65,8 +66,11 @@ class Settings:
     @classmethod
     def read(cls, env: Env) -> Settings:
         """Raises SettingsError."""
+        edge = load(GatewaySettings, env, realtime=load(RealtimeSettings, env))
+        # Rates are parsed by who counts.
+        Limits(edge)
         return cls(
-            gateway=load(GatewaySettings, env, realtime=load(RealtimeSettings, env)),
+            gateway=edge,
             orchestrator=load(OrchestratorSettings, env),
             dev=load(DevSettings, env),
             database=load(DatabaseSettings, env) if env.str("DATABASE_URL", "") else None,
@@ -119,7 +123,7 @@ async def _main(env: Env, settings: Settings) -> None:
         )
         pool = await stack.enter_async_context(_pool(database))
         await _current_schema(pool, database)
-        made = await _first_start(pool, settings.dev)
+        await _first_start(pool, settings.dev)
         events = MemoryLog()
         stack.push_async_callback(events.close)
         orchestrator = Orchestrator(
@@ -135,8 +139,6 @@ async def _main(env: Env, settings: Settings) -> None:
         port = await stack.enter_async_context(gateway.listening(app, settings.gateway))
         url = f"http://{_shown(settings.gateway.host)}:{port}"
         stack.enter_context(instance.announce(url, None if settings.database else database.url))
-        if made:
-            _print_admin(url, *made)
         click.echo(f"Ready: {url} (in {time.monotonic() - started:.1f} s). Ctrl-C ends it.")
         signals.ready = True
         await _until(signals.stopping, [*parts, gateway.until_failure(app)])
@@ -210,10 +212,10 @@ async def _current_schema(pool: Pool, database: DatabaseSettings) -> None:
     await require_schema(pool)
 
 
-async def _first_start(pool: Pool, settings: DevSettings) -> tuple[str, str | None] | None:
+async def _first_start(pool: Pool, settings: DevSettings) -> None:
     """Import the examples while there is no provider, and make an administrator while there is none.
 
-    Returns the address of the administrator made now, and the password when it was generated.
+    Its password is printed before it is committed: there is never one that nobody was told.
     """
     async with pool.acquire() as connection:
         if not await connection.fetchval("SELECT EXISTS (SELECT FROM providers)"):
@@ -221,22 +223,22 @@ async def _first_start(pool: Pool, settings: DevSettings) -> tuple[str, str | No
                 await machines.apply(connection, machines.read_file(_CONFIGS / name))
                 log.info("imported", file=f"configs/{name}")
         if await connection.fetchval("SELECT EXISTS (SELECT FROM users WHERE is_admin AND NOT is_disabled)"):
-            return None
+            return
     password = settings.admin_password or users.generate_password()
     password_hash = await passwords.hash(password)
-    async with pool.acquire() as connection:
+    async with pool.acquire() as connection, connection.transaction():
         try:
             await accounts.register(connection, settings.admin_email, password_hash, "Administrator", is_admin=True)
         except Taken as error:
             raise SettingsError(f"ADMIN_EMAIL: {error} It is no administrator: name another address.") from error
-    return settings.admin_email, None if settings.admin_password else password
+        _print_admin(settings.admin_email, None if settings.admin_password else password)
 
 
-def _print_admin(url: str, email: str, password: str | None) -> None:
+def _print_admin(email: str, password: str | None) -> None:
     lines = [f"A first administrator was made: {email}"]
     if password:
         lines += [f"Password: {password}", "It is shown this once. Change it by PUT /api/v1/users/me."]
-    lines.append(f"Sign in: POST {url}/api/v1/auth/login")
+    lines.append("Sign in: POST /api/v1/auth/login")
     width = max(map(len, lines))
     click.echo(f"┌{'─' * (width + 2)}┐")
     for line in lines:

@@ -23,7 +23,7 @@ from gateway.fields import (
     page_of,
 )
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation, page
-from gateway.repository import check_branch, check_repo_url
+from gateway.repository import check_branch, check_repo_url, without_secrets
 
 # Bytes: what Linux takes for one variable is 128 KiB, and for all of them and the arguments 2 MiB.
 _LONGEST_VALUE = 32 << 10
@@ -94,12 +94,14 @@ class ProjectsQuery(PageQuery):
 
 
 def _public(project: Row, *, with_env: bool) -> dict[str, Any]:
+    """`with_env`: with what may be secret, that is the environment and the credentials in the URL."""
+    repo_url = project.repo_url
     return {
         "id": project.id,
         "uuid": str(project.uuid),
         "workspace_id": project.workspace_id,
         "name": project.name,
-        "repo_url": project.repo_url,
+        "repo_url": repo_url if with_env or repo_url is None else without_secrets(repo_url),
         "branch": project.branch,
         "env": project.env if with_env else None,
         "created_by": project.created_by,
@@ -130,7 +132,8 @@ def _check_repository(call: Call) -> None:
 
 @operation("List projects", tag="projects", query=ProjectsQuery, answers={200: page_of(Project)})
 async def list_projects(call: Call) -> web.Response:
-    """Those of the caller's workspaces, newest first; administrators see all. No environments in lists."""
+    """Those of the caller's workspaces, newest first; administrators see all. In lists, and for viewers, without
+    environments and credentials."""
     query = call.query
     items, total = await projects.list_page(
         call.connection,

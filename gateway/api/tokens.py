@@ -78,12 +78,16 @@ async def list_tokens(call: Call) -> web.Response:
 
 @operation("Make an API token", tag="tokens", body=NewApiToken, answers={201: MadeApiToken}, database=Database.WRITE)
 async def create(call: Call) -> web.Response:
-    """The only answer that has the secret."""
+    """The only answer that has the secret. One made with a token of limited scopes ends with that, at the latest."""
     body, identity = call.body, call.identity
     expires_at: datetime | None = body["expires_at"]
     now = datetime.now(UTC)
     if expires_at is not None and not now < expires_at < now + _LONGEST:
         raise Invalid("expires_at must lie in the future, at most ten years from now.", field="expires_at")
+    if identity.scopes is not None and identity.expires_at is not None:
+        # A limited token is lent for a time: what it makes must not outlive it.
+        end = datetime.fromtimestamp(identity.expires_at, UTC)
+        expires_at = min(expires_at, end) if expires_at else end
     token, secret = await api_tokens.create(
         call.connection, identity.user_id, body["name"], body["scopes"], body["channels"], expires_at, by=identity
     )

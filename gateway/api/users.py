@@ -8,11 +8,13 @@ from aiohttp import web
 from marshmallow import Schema, fields
 
 from auth import accounts, audit, passwords
+from auth.errors import Forbidden
 from auth.permissions import Action, Scope, decide
 from gateway import permissions_changed
 from gateway.fields import NO_NUL, Email, Flag, PageQuery, Text, moment, page_of
 from gateway.operation import Call, Database, PathKind, answer, lease, nothing, operation, page
 from gateway.problems import Problem
+from gateway.ratelimit import LIMITS, limited_address
 
 
 class Password(Text):
@@ -89,9 +91,12 @@ async def me(call: Call) -> web.Response:
     scope=Scope.WRITE,
 )
 async def update_me(call: Call) -> web.Response:
-    """A new password voids every main and refresh token issued before."""
+    """A new password voids every main and refresh token issued before. A new address takes a token of all scopes."""
     password_hash = None
+    if "email" in call.body and call.identity.scopes is not None:
+        raise Forbidden("A token of limited scopes cannot change the address that its user signs in with.")
     if "password" in call.body:
+        call.request.app[LIMITS].login.take(limited_address(call.address))
         given = call.body.get("current_password", "")
         if not await accounts.verify_password(call.context.pool, call.identity.user_id, given):
             raise Problem(422, "The current password is wrong.", errors={"current_password": ["Wrong."]})

@@ -29,8 +29,11 @@ async def handle(context: Context, connection: Connection, data: bytes) -> None:
             case protocol.Subscribe():
                 await _subscribe(context, connection, action)
             case protocol.Unsubscribe():
+                authorization.parse_channel(action.channel)
+                if action.channel == connection.own_channel:
+                    raise Forbidden("Every connection keeps its user's own channel.")
                 context.hub.unsubscribe(connection, action.channel)
-                _send(context, connection, "unsubscribed", _named(connection, action.channel), action.id)
+                _send(context, connection, "unsubscribed", action.channel, action.id)
             case protocol.Ping():
                 _send(context, connection, "pong", connection.own_channel, action.id)
             case protocol.Refresh():
@@ -43,7 +46,10 @@ async def handle(context: Context, connection: Connection, data: bytes) -> None:
 
 
 def _refuse(context: Context, connection: Connection, action: protocol.Action, error: BaseException) -> None:
-    channel = action.channel if isinstance(action, protocol.Subscribe) else connection.own_channel
+    if isinstance(action, protocol.Subscribe | protocol.Unsubscribe):
+        channel = action.channel
+    else:
+        channel = connection.own_channel
     code, message, temporary = _explain(error)
     frame = protocol.error(_named(connection, channel), code, message, temporary=temporary, echo=action.id)
     context.hub.send(connection, frame)

@@ -61,7 +61,8 @@ def _examine(hub: Hub, connection: Connection, now: float, wall: float) -> None:
         if left <= 0:
             hub.close(connection, CloseCode.EXPIRED)
             return
-        if left <= settings.expiry_notice and not connection.warned:
+        # Not in the middle of an action: `connected` comes first, and an answer follows its replay.
+        if left <= settings.expiry_notice and not connection.warned and not connection.handling:
             connection.warned = True
             data = {"expires_at": protocol.timestamp(connection.expires_at)}
             hub.send(connection, protocol.control("expiring", connection.own_channel, data))

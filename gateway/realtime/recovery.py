@@ -31,11 +31,12 @@ async def begin(hub: Hub, history: History, connection: Connection, since: str |
     recovered = since is None or position is not None
     if position is None:
         position = history.position
+    interval = float(hub.settings.ping_interval)
     data = {
         "connection_id": connection.id,
         "position": str(position),
         "channels": list(connection.channels),
-        "ping_interval": hub.settings.ping_interval,
+        "ping_interval": int(interval) if interval.is_integer() else interval,
         "expires_at": protocol.timestamp(connection.expires_at),
         "recovered": recovered,
     }

@@ -82,6 +82,10 @@ class Repository:
     def hide(self, line: str) -> str:
         """A line of git's, without anything secret."""
         line = line.replace(self.url, str(self))
+        query = self.url.partition("?")[2]
+        if query:
+            # A server that redirects, or quotes what it was asked, repeats it.
+            line = line.replace(query, "***")
         for secret in (self.password, self.username if self.url.startswith("http") else ""):
             if len(secret) > 2:
                 line = line.replace(secret, "***")

@@ -358,6 +358,11 @@ async def test_a_wrong_short_token_is_refused_with_the_reason(
     assert str(caught.value) == sentence
 
 
+async def test_a_short_token_ends_without_leeway(tokens: Tokens) -> None:
+    with pytest.raises(Unauthenticated, match=r"The short token has expired: swap the main token for a new one\."):
+        await tokens.redeem_short(NO_DATABASE, signed(aud="cluster-code/ws", exp=int(time.time()) - 1))
+
+
 async def test_a_short_token_of_nobody_is_refused(tokens: Tokens, connection: asyncpg.Connection) -> None:
     with pytest.raises(Unauthenticated, match="user does not exist"):
         await tokens.redeem_short(connection, signed(aud="cluster-code/ws"))

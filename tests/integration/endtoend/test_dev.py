@@ -117,6 +117,7 @@ async def test_a_directory_that_cannot_be_made_is_one_line(idle: Server) -> None
     [
         ("PORT", "web", "PORT: 'web' is no whole number. Port to listen on."),
         ("WS_PING_INTERVAL", "0", "WS_PING_INTERVAL must be greater than 0, not 0.0. Seconds between WebSocket pings."),
+        ("RATE_LIMIT_LOGIN", "x", "RATE_LIMIT_LOGIN: 'x' is no rate such as 1200/minute"),
         ("LOG_LEVEL", "loud", "LOG_LEVEL must be one of debug, info, warning, error, not 'loud'."),
         ("JWT_SECRET", "short", "must have 32 bytes or more, and has 5"),
         ("DATABASE_URL", "postgresql://nobody@127.0.0.1:1/none", "DATABASE_URL: no PostgreSQL answers there"),

@@ -19,6 +19,7 @@ async def test_the_same_request_gets_the_same_answer(api: Api, ann: Person) -> N
     assert (first.status, second.status) == (201, 201)
     assert second.body == first.body
     assert second.headers["Idempotency-Replayed"] == "true"
+    assert second.headers["Location"] == first.headers["Location"]
     assert "Idempotency-Replayed" not in first.headers
 
 

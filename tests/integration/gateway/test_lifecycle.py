@@ -122,6 +122,32 @@ async def test_sockets_are_drained_and_requests_finish(
         await ws.close()
 
 
+async def test_who_comes_during_the_drain_is_told_503(
+    pool: Pool, database_settings: DatabaseSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draining, go_on = asyncio.Event(), asyncio.Event()
+    async with application(pool, database_settings) as app, aiohttp.ClientSession() as client:
+        hub = app[CONTEXT].hub
+        drain = hub.drain
+
+        async def slowly() -> None:
+            await drain()
+            draining.set()
+            await go_on.wait()
+
+        monkeypatch.setattr(hub, "drain", slowly)
+
+        async def visit(port: int) -> tuple[int, str]:
+            await draining.wait()
+            async with client.get(f"http://127.0.0.1:{port}/ws") as answer:
+                go_on.set()
+                return answer.status, answer.headers["Retry-After"]
+
+        async with asyncio.timeout(5), listening(app, app[CONTEXT].settings) as port:
+            visitor = asyncio.create_task(visit(port))
+        assert await visitor == (503, "1")
+
+
 async def test_a_drain_that_takes_too_long_is_cut_short(
     pool: Pool, database_settings: DatabaseSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,18 @@ async def test_projects_are_listed_by_workspace(api: Api, ann: Person, bob: Pers
     assert len(await ids(root)) == 3
 
 
+async def test_only_members_see_the_credentials_in_a_url(api: Api, ann: Person, bob: Person) -> None:
+    workspace = await api.workspace(ann, viewer=bob)
+    url = "https://name:secret@example.org/site?token=t"
+    body = {"workspace_id": workspace, "name": "site", "repo_url": url}
+    made = await api.call("POST", "/api/v1/projects", ann, body)
+    where = made.headers["Location"]
+    assert (await api.call("GET", where, ann)).json["repo_url"] == url
+    assert (await api.call("GET", where, bob)).json["repo_url"] == "https://example.org/site"
+    listed = await api.call("GET", f"/api/v1/projects?workspace_id={workspace}", ann)
+    assert [project["repo_url"] for project in listed.json["items"]] == ["https://example.org/site"]
+
+
 async def test_viewers_do_not_see_the_environment(api: Api, ann: Person, bob: Person) -> None:
     workspace = await api.workspace(ann, viewer=bob)
     made = await api.call(

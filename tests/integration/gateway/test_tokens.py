@@ -75,3 +75,18 @@ async def test_scopes_are_some_of_those_there_are(api: Api, ann: Person) -> None
     wrong: list[Any] = [[], ["root"], ["read"] * 4, "read", [1]]
     for scopes in wrong:
         assert (await make(api, ann, scopes=scopes)).status == 422, scopes
+
+
+async def test_what_a_limited_token_makes_ends_with_it(api: Api, ann: Person) -> None:
+    end = datetime.now(UTC).replace(microsecond=0) + timedelta(minutes=1)
+    parent = (await make(api, ann, expires_at=end.isoformat())).json["token"]
+    later = (end + timedelta(days=1)).isoformat()
+    made = [await make(api, parent, name="a"), await make(api, parent, name="b", expires_at=later)]
+    assert [datetime.fromisoformat(one.json["expires_at"]) for one in made] == [end, end]
+    assert (await make(api, ann, name="c")).json["expires_at"] is None
+
+
+async def test_an_administrators_narrow_token_gives_no_channels_away(api: Api, root: Person) -> None:
+    narrow = (await make(api, root)).json["token"]
+    assert (await make(api, narrow, name="other", channels=["app:*"])).status == 403
+    assert (await make(api, root, name="other", channels=["app:*"])).status == 201

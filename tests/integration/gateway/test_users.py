@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.integration.gateway.conftest import Api, Person
+from tests.integration.gateway.conftest import Api, Person, Serve
 
 
 async def told(api: Api) -> list[int]:
@@ -128,3 +128,19 @@ async def test_an_account_that_owns_what_others_need_is_not_deleted(api: Api, ro
 async def test_an_address_that_is_taken_is_409(api: Api, root: Person, ann: Person, bob: Person) -> None:
     answer = await api.call("PUT", f"/api/v1/users/{ann.id}", root, {"email": bob.email})
     assert (answer.status, list(answer.errors)) == (409, ["email"])
+
+
+async def test_the_current_password_cannot_be_guessed_without_limit(serve: Serve) -> None:
+    api = await serve(rate_limit_login="3/minute")
+    ann = await api.person()
+    guess = {"password": "battery staple", "current_password": "wrong"}
+    answers = [await api.call("PUT", "/api/v1/users/me", ann, guess) for _ in range(4)]
+    assert [answer.status for answer in answers] == [422, 422, 422, 429]
+    assert (await api.call("PUT", "/api/v1/users/me", ann, {"name": "Ann"})).status == 200
+
+
+async def test_a_limited_token_does_not_change_the_address(api: Api, ann: Person) -> None:
+    made = await api.call("POST", "/api/v1/tokens", ann, {"name": "script", "scopes": ["write"]})
+    change = {"email": "other@example.test"}
+    assert (await api.call("PUT", "/api/v1/users/me", made.json["token"], change)).status == 403
+    assert (await api.call("PUT", "/api/v1/users/me", ann, change)).status == 200

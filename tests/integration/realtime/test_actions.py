@@ -72,9 +72,22 @@ async def test_what_is_wrong_is_answered_and_the_connection_stays(stage: Stage) 
 
 async def test_an_unsubscription_from_what_was_never_subscribed_is_answered(stage: Stage) -> None:
     client = await connected(stage)
-    for channel in ("session:77", "", "a" * 1000):
+    await client.send({"action": "unsubscribe", "channel": "session:77"})
+    assert (await client.receive())["event_type"] == "unsubscribed"
+
+
+async def test_an_unsubscription_from_no_channel_or_from_ones_own_is_refused(stage: Stage) -> None:
+    user = await stage.user("ann")
+    client = stage.client(user)
+    await client.connect()
+    own = f"user:{user.user_id}"
+    expected = {"nonsense": "unknown_channel", "": "unknown_channel", "a" * 1000: "unknown_channel", own: "forbidden"}
+    for channel, code in expected.items():
         await client.send({"action": "unsubscribe", "channel": channel})
-        assert (await client.receive())["event_type"] == "unsubscribed"
+        answer = await client.receive()
+        assert (answer["event_type"], answer["data"]["code"]) == ("error", code)
+    await stage.publish(own, 1)
+    assert (await client.receive())["data"] == {"n": 1}
 
 
 async def test_the_tenth_malformed_frame_closes_4501(stage: Stage) -> None:

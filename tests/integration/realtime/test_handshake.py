@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
@@ -18,7 +19,7 @@ async def test_the_first_frame_tells_everything(stage: Stage) -> None:
     assert data == {
         "position": f"{stage.log.epoch}:0",
         "channels": [f"user:{user.user_id}"],
-        "ping_interval": 25.0,
+        "ping_interval": 25,
         "recovered": True,
     }
     assert expires == time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(user.expires_at))
@@ -204,3 +205,20 @@ def test_an_origin_passes_when_it_is_the_host_or_allowed(
         with pytest.raises(Problem) as caught:
             require_origin(origin, host, allowed)
         assert caught.value.status == 403
+
+
+async def test_connected_comes_first_however_near_the_end_is(stage: Stage) -> None:
+    user = await stage.user("ann", expires_at=time.time() + 20)
+    history = stage.context.history
+    # An offset that this gateway has not read yet is waited for.
+    query = f"?token={stage.tokens.issue_short(user)}&since={history.epoch}:{history.head + 5000}"
+    async with asyncio.timeout(10), stage.session.ws_connect(stage.url + query) as socket:
+        first, second = await socket.receive_json(), await socket.receive_json()
+    assert (first["event_type"], second["event_type"]) == ("connected", "expiring")
+    assert first["data"]["recovered"] is False
+
+
+async def test_the_ping_interval_is_a_whole_number_where_it_is_one(stage: Stage) -> None:
+    token = stage.tokens.issue_short(await stage.user("ann"))
+    async with stage.session.ws_connect(f"{stage.url}?token={token}") as socket:
+        assert '"ping_interval":25,' in await socket.receive_str()

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from gateway.repository import check_branch, check_repo_url
+from gateway.repository import check_branch, check_repo_url, without_secrets
 from orchestrator.errors import Invalid
 
 SCHEMES = ("https", "http", "ssh", "git")
@@ -32,6 +32,9 @@ REFUSED_URLS = [
     "fd::17",
     "file:///etc",
     "FILE:///etc",
+    "HTTPS://example.org/site",
+    "ssh://%2doProxyCommand=id@example.org/site",
+    "https://u%0ahost=evil:pw@example.org/site",
     "file:/etc",
     "File:etc",
     "https:/example.org/site",
@@ -123,3 +126,17 @@ def test_git_accepts_every_branch_that_is_accepted() -> None:
             continue
         done = subprocess.run(["git", "check-ref-format", "--branch", branch], check=False, capture_output=True)
         assert done.returncode == 0, branch
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://name:secret@example.org:8443/site.git?token=t#f", "https://example.org:8443/site.git#f"),
+        ("https://token@example.org/site", "https://example.org/site"),
+        ("ssh://git:secret@example.org/site", "ssh://git@example.org/site"),
+        ("git://example.org/site", "git://example.org/site"),
+        ("git@example.org:team/site", "git@example.org:team/site"),
+    ],
+)
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown

@@ -64,6 +64,7 @@ def test_nothing_secret_is_shown() -> None:
     repository = parse("https://username:password@host/x?key=1", SCHEMES)
     line = repository.hide("fatal: https://host/x?key=1 says password to username")
     assert line == "fatal: https://host/x says *** to ***"
+    assert repository.hide("redirect: https://host/y?key=1/info/refs") == "redirect: https://host/y?***/info/refs"
 
 
 @pytest.mark.parametrize(
