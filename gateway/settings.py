@@ -78,8 +78,6 @@ class GatewaySettings:
         help="Port to listen on.",
         check=lambda port: None if 0 <= port <= 65535 else f"must be 0 to 65535, not {port}",
     )
-    # What clients reach us by, for links in answers. Empty: what the request says.
-    public_url: str = variable("PUBLIC_URL", "str", "", help="The URL that clients reach this service by.")
     cors_origins: list[str] = variable(
         "CORS_ORIGINS", "list", [], help="Origins that may call from a browser, comma-separated; `*` for any."
     )
