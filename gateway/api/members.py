@@ -10,7 +10,7 @@ from marshmallow import Schema, ValidationError, fields, validate, validates_sch
 from auth import accounts, audit, tenants
 from auth.permissions import Action, Role
 from auth.tenants import Member as Row
-from gateway import permissions_changed
+from gateway import lifecycle, permissions_changed
 from gateway.api.workspaces import ROLES, permitted
 from gateway.fields import Email, PageQuery, moment, object_id, page_of
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation, page
@@ -95,7 +95,7 @@ async def add(call: Call) -> web.Response:
     member = await tenants.add_member(
         call.connection, workspace.id, user_id, Role[call.body["role"].upper()], by=_acting(call, role)
     )
-    await _changed(call, "member.add", member.workspace_id, user_id, role=call.body["role"])
+    await _changed(call, "member.add", "member.added", member.workspace_id, user_id, role=call.body["role"])
     return answer(_public(member), 201, location=f"/api/v1/workspaces/{workspace.id}/members/{user_id}")
 
 
@@ -114,7 +114,7 @@ async def change(call: Call) -> web.Response:
     member = await tenants.update_member(
         call.connection, workspace.id, user_id, Role[call.body["role"].upper()], by=_acting(call, role)
     )
-    await _changed(call, "member.update", workspace.id, user_id, role=call.body["role"])
+    await _changed(call, "member.update", "member.updated", workspace.id, user_id, role=call.body["role"])
     return answer(_public(member))
 
 
@@ -125,7 +125,7 @@ async def remove(call: Call) -> web.Response:
     leaves = user_id == call.identity.user_id
     workspace, role = await permitted(call, Action.MEMBER_READ if leaves else Action.MEMBER_WRITE)
     await tenants.remove_member(call.connection, workspace.id, user_id, by=_acting(call, role))
-    await _changed(call, "member.remove", workspace.id, user_id)
+    await _changed(call, "member.remove", "member.removed", workspace.id, user_id)
     return nothing()
 
 
@@ -134,7 +134,9 @@ def _acting(call: Call, role: Role | None) -> Role:
     return Role.OWNER if call.identity.is_admin or role is None else role
 
 
-async def _changed(call: Call, action: str, workspace_id: int, user_id: int, **details: Any) -> None:
+async def _changed(call: Call, action: str, event_type: str, workspace_id: int, user_id: int, **details: Any) -> None:
+    data = {"workspace_id": workspace_id, "user_id": user_id, **details}
+    await lifecycle.tell(call.connection, event_type, data, workspace_id=workspace_id, user_id=user_id)
     await permissions_changed.tell(call.connection, user_id)
     await audit.record(
         call.connection,

@@ -11,6 +11,7 @@ from auth import audit, projects, tenants
 from auth.errors import NotVisible
 from auth.permissions import Action, Role, decide
 from auth.projects import Project as Row
+from gateway import lifecycle
 from gateway.fields import (
     NO_NUL,
     Matches,
@@ -154,7 +155,7 @@ async def create(call: Call) -> web.Response:
     role = await tenants.role_in(call.connection, workspace_id, identity.user_id)
     decide(identity, Action.PROJECT_WRITE, role, what="workspace")
     project = await projects.create(call.connection, workspace_id, created_by=identity.user_id, **body)
-    await _record(call, "project.create", project.id)
+    await _changed(call, "project.created", project)
     return answer(_public(project, with_env=True), 201, location=f"/api/v1/projects/{project.id}")
 
 
@@ -179,7 +180,7 @@ async def update(call: Call) -> web.Response:
     project, _ = await _permitted(call, Action.PROJECT_WRITE)
     changes: Any = call.body
     changed = await projects.update(call.connection, project.id, **changes)
-    await _record(call, "project.update", project.id, fields=sorted(changes))
+    await _changed(call, "project.updated", changed, fields=sorted(changes))
     return answer(_public(changed, with_env=True))
 
 
@@ -194,9 +195,18 @@ async def delete(call: Call) -> web.Response:
     """For admins and owners of its workspace. 409 while it has a session."""
     project, _ = await _permitted(call, Action.PROJECT_DELETE)
     await projects.delete(call.connection, project.id)
-    await _record(call, "project.delete", project.id)
+    await _changed(call, "project.deleted", project)
     return nothing()
 
 
-async def _record(call: Call, action: str, project_id: int, **details: Any) -> None:
-    await audit.record(call.connection, call.identity.user_id, action, f"project:{project_id}", call.address, **details)
+async def _changed(call: Call, what: str, project: Row, **details: Any) -> None:
+    data = {
+        "id": project.id,
+        "uuid": str(project.uuid),
+        "workspace_id": project.workspace_id,
+        "name": project.name,
+        "branch": project.branch,
+    }
+    await lifecycle.tell(call.connection, what, data, workspace_id=project.workspace_id)
+    action = what.removesuffix("d")
+    await audit.record(call.connection, call.identity.user_id, action, f"project:{project.id}", call.address, **details)

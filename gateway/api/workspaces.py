@@ -11,7 +11,7 @@ from auth import audit, tenants
 from auth.errors import NotVisible
 from auth.permissions import Action, Role, decide
 from auth.tenants import Workspace as Row
-from gateway import permissions_changed
+from gateway import lifecycle, permissions_changed
 from gateway.fields import PageQuery, Text, moment, page_of
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation, page
 
@@ -75,7 +75,7 @@ async def list_workspaces(call: Call) -> web.Response:
 async def create(call: Call) -> web.Response:
     """The caller becomes its owner."""
     workspace = await tenants.create(call.connection, call.body["name"], call.identity.user_id)
-    await _record(call, "workspace.create", workspace.id)
+    await _changed(call, "workspace.created", workspace, user_id=call.identity.user_id)
     return answer(_public(workspace, Role.OWNER), 201, location=f"/api/v1/workspaces/{workspace.id}")
 
 
@@ -98,7 +98,7 @@ async def update(call: Call) -> web.Response:
     """For its admins and owners."""
     workspace, role = await permitted(call, Action.WORKSPACE_UPDATE)
     changed = await tenants.update(call.connection, workspace.id, call.body["name"])
-    await _record(call, "workspace.update", workspace.id)
+    await _changed(call, "workspace.updated", changed)
     return answer(_public(changed, role))
 
 
@@ -114,10 +114,13 @@ async def delete(call: Call) -> web.Response:
     workspace, _ = await permitted(call, Action.WORKSPACE_DELETE)
     members, _ = await tenants.list_members(call.connection, workspace.id, 1, _ALL)
     await tenants.delete(call.connection, workspace.id)
+    await _changed(call, "workspace.deleted", workspace)
     await permissions_changed.tell(call.connection, *(member.user_id for member in members))
-    await _record(call, "workspace.delete", workspace.id)
     return nothing()
 
 
-async def _record(call: Call, action: str, workspace_id: int) -> None:
-    await audit.record(call.connection, call.identity.user_id, action, f"workspace:{workspace_id}", call.address)
+async def _changed(call: Call, what: str, workspace: Row, user_id: int | None = None) -> None:
+    data = {"id": workspace.id, "name": workspace.name}
+    await lifecycle.tell(call.connection, what, data, workspace_id=workspace.id, user_id=user_id)
+    action = what.removesuffix("d")
+    await audit.record(call.connection, call.identity.user_id, action, f"workspace:{workspace.id}", call.address)

@@ -111,3 +111,27 @@ async def test_only_owners_make_owners(api: Api, ann: Person, bob: Person, root:
     assert (await api.call("POST", path, bob, {"user_id": carol.id, "role": "owner"})).status == 403
     assert (await api.call("PUT", f"{path}/{ann.id}", bob, {"role": "viewer"})).status == 403
     assert (await api.call("POST", path, root, {"user_id": carol.id, "role": "owner"})).status == 201
+
+
+async def test_what_happens_in_a_workspace_is_told_on_its_channel(api: Api, ann: Person, bob: Person) -> None:
+    workspace = (await api.call("POST", "/api/v1/workspaces", ann, {"name": "team"})).json["id"]
+    where = f"/api/v1/workspaces/{workspace}"
+    await api.call("PUT", where, ann, {"name": "crew"})
+    await api.call("POST", f"{where}/members", ann, {"user_id": bob.id, "role": "viewer"})
+    await api.call("PUT", f"{where}/members/{bob.id}", ann, {"role": "member"})
+    made = await api.call("POST", "/api/v1/projects", bob, {"workspace_id": workspace, "name": "site"})
+    project = made.headers["Location"]
+    await api.call("PUT", project, bob, {"branch": "main", "env": {"SECRET": "x"}})
+    await api.call("DELETE", project, ann)
+    await api.call("DELETE", f"{where}/members/{bob.id}", ann)
+    await api.call("DELETE", where, ann)
+    rows = await api.fetch("SELECT event_type, channel, data FROM outbox WHERE channel <> 'gateway' ORDER BY id")
+    told = [(row["event_type"], row["channel"]) for row in rows]
+    team, anns, bobs = f"workspace:{workspace}", f"user:{ann.id}", f"user:{bob.id}"
+    assert told == [
+        ("workspace.created", team), ("workspace.created", anns), ("workspace.updated", team),
+        ("member.added", team), ("member.added", bobs), ("member.updated", team), ("member.updated", bobs),
+        ("project.created", team), ("project.updated", team), ("project.deleted", team),
+        ("member.removed", team), ("member.removed", bobs), ("workspace.deleted", team),
+    ]  # fmt: skip
+    assert "SECRET" not in "".join(row["data"] for row in rows)
