@@ -24,7 +24,7 @@ from gateway.realtime.history import History
 from gateway.realtime.hub import Hub
 from gateway.routes import routes
 from gateway.settings import GatewaySettings
-from orchestrator.database import Pool
+from orchestrator.database import Pool, require_schema
 from orchestrator.errors import SettingsError
 from orchestrator.eventlog.contract import EventLog
 from orchestrator.settings import DatabaseSettings
@@ -69,6 +69,7 @@ def build(
     app[METRICS] = Metrics(context)
     app.add_routes(routes())
     app.on_response_prepare.append(stamp(settings))
+    app.on_startup.append(_schema_is_current)
     app.cleanup_ctx.append(outside.opened)
     app.cleanup_ctx.append(_tokens_closed)
     app.cleanup_ctx.append(_feed_running)
@@ -109,6 +110,11 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
+async def _schema_is_current(app: web.Application) -> None:
+    """Raise SchemaOutdated before anybody is served: half of the requests would fail in ways that tell nothing."""
+    await require_schema(app[CONTEXT].pool)
+
+
 async def _tokens_closed(app: web.Application) -> AsyncIterator[None]:
     yield
     await app[CONTEXT].tokens.close()
@@ -142,7 +148,8 @@ async def _drain(app: web.Application) -> None:
 async def listening(app: web.Application, settings: GatewaySettings) -> AsyncIterator[int]:
     """Serve `app` while the body runs; yields the port. At the end: drain, no new connections, finish, close.
 
-    Raises SettingsError when the address cannot be listened on. The body should watch `app[FEED]`: see `until_failure`.
+    Raises SettingsError when the address cannot be listened on, SchemaOutdated when the database lacks migrations. The
+    body should watch `app[FEED]`: see `until_failure`.
     """
     runner = web.AppRunner(
         app, access_log=None, handle_signals=False, shutdown_timeout=settings.shutdown_grace, keepalive_timeout=75

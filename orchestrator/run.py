@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from orchestrator import fleet
-from orchestrator.database import UNAVAILABLE, Pool, Wakeup, backoff, guard, leadership, listen
+from orchestrator.database import UNAVAILABLE, Pool, Wakeup, backoff, guard, leadership, listen, require_schema
 from orchestrator.eventlog import outbox
 from orchestrator.eventlog.contract import EventLog
 from orchestrator.fleet import Fleet, OpenProvider
@@ -77,7 +77,10 @@ class Orchestrator:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Work until cancelled. Raises what a root task died of: the process shall end then."""
+        """Work until cancelled.
+
+        Raises what a root task died of, and SchemaOutdated before anything is done: the process shall end then.
+        """
         try:
             await self._open()
             for name, work in self._roots().items():
@@ -89,10 +92,14 @@ class Orchestrator:
             await to_the_end(self._close(), name="orchestrator close", on_cancel=self._reconciler.abandon)
 
     async def _open(self) -> None:
-        """Take over and open the providers, however long the database is away."""
+        """Take over and open the providers, however long the database is away. Raises SchemaOutdated."""
+        await _until_it_works("schema", self._require_schema)
         if self._alone:
             await _until_it_works("take over", self._take_over)
         await _until_it_works("providers", self._fleet.refresh)
+
+    async def _require_schema(self) -> None:
+        await require_schema(self._pool)
 
     async def _take_over(self) -> None:
         async with self._pool.acquire() as connection:

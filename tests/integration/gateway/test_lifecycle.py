@@ -15,13 +15,14 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from structlog.testing import capture_logs
 
+import migrations
 from auth.errors import IssuerUnavailable
 from auth.tokens import TokenSettings
 from gateway.api import users
 from gateway.app import FEED, Outside, build, listening, until_failure
 from gateway.context import CONTEXT
 from orchestrator.database import Pool
-from orchestrator.errors import SettingsError
+from orchestrator.errors import SchemaOutdated, SettingsError
 from orchestrator.eventlog.memory import MemoryLog
 from orchestrator.settings import DatabaseSettings
 from tests.conftest import no_task_left
@@ -45,6 +46,16 @@ async def test_it_listens_and_leaves_nothing_behind(pool: Pool, database_setting
             assert (await client.get(url)).status == 200
         with pytest.raises(aiohttp.ClientConnectionError):
             await client.get(url)
+
+
+async def test_an_older_schema_is_told_before_anybody_is_served(
+    pool: Pool, database_settings: DatabaseSettings
+) -> None:
+    await asyncio.to_thread(migrations.rollback, database_settings.url)
+    async with no_task_left(), application(pool, database_settings) as app:
+        with pytest.raises(SchemaOutdated, match=r"lacks 1 migration\(s\), from 0003\.outbox on: run `cluster"):
+            async with listening(app, app[CONTEXT].settings):
+                pytest.fail("it listens")
 
 
 async def test_a_port_in_use_is_one_clear_line(pool: Pool, database_settings: DatabaseSettings) -> None:

@@ -10,7 +10,9 @@ from time import perf_counter
 
 import pytest
 
+import migrations
 from orchestrator import __main__ as worker
+from orchestrator.errors import SchemaOutdated
 from orchestrator.tasks import to_the_end
 from tests.integration.sessions.conftest import Stage, until
 
@@ -25,6 +27,13 @@ async def test_a_root_task_that_dies_ends_the_orchestrator(stage: Stage, monkeyp
         await orchestrator.run()
     assert isinstance(raised.value.__cause__, KeyError)
     assert stage.world.closed == ["staged"]
+
+
+async def test_an_older_schema_is_told_before_anything_is_done(stage: Stage, database_url: str) -> None:
+    await asyncio.to_thread(migrations.rollback, database_url)
+    with pytest.raises(SchemaOutdated, match=r"lacks 1 migration\(s\), from 0003\.outbox on: run `cluster-code mig"):
+        await stage.orchestrator().run()
+    assert not stage.world.sinks
 
 
 async def test_a_task_that_fails_at_the_end_is_told(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
