@@ -102,7 +102,10 @@ async def test_a_lost_lease_ends_the_step(stage: Stage) -> None:
     session = await stage.create()
     async with stage.running(lease=0.6, poll_interval=0.1):
         await gate.reached.wait()
-        await stage.execute("UPDATE sessions SET lease_owner = gen_random_uuid(), lease_expires_at = now()")
+        # Somebody else has it, for as long as the loser may take to notice.
+        await stage.execute(
+            "UPDATE sessions SET lease_owner = gen_random_uuid(), lease_expires_at = now() + interval '1 second'"
+        )
         await gate.cancelled.wait()
         gate.open()
         await stage.until(session, "running")

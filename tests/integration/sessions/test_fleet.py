@@ -104,6 +104,8 @@ async def test_a_provider_with_other_options_is_opened_anew_and_its_sessions_are
         stage.world.states.clear()
         await stage.execute("""UPDATE providers SET options = '{"a": 1}'""")
         await until(lambda: _true(stage.world.called("start") == 2))
+        # The first look at all sessions may come between the two lines above, and start it before.
+        await until(lambda: _true(len(stage.world.opened) == 2))
         await stage.until(session, "running")
     assert stage.world.opened == [("staged", {}), ("staged", {"a": 1})]
     assert stage.world.closed == ["staged", "staged"]
