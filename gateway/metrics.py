@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from gateway.context import Context
 from gateway.operation import lease
 from orchestrator.database import UNAVAILABLE
+from orchestrator.errors import LogUnavailable
 from orchestrator.eventlog import outbox
 from orchestrator.sessions import store
 
@@ -72,12 +73,13 @@ class _Readings(Collector):
         self._context = context
         self._sessions: Mapping[str, int] = {}
         self._outbox: tuple[int, float] = (0, 0.0)
+        self._log_head = 0
         self._database_up = False
         self._refreshed: float | None = None
         self._refreshing = asyncio.Lock()
 
     async def refresh(self) -> None:
-        """Ask the database, unless it was asked a moment ago. While it is away, the last answers stand."""
+        """Ask database and log, unless they were asked a moment ago. While they are away, the last answers stand."""
         async with self._refreshing:
             if self._refreshed is not None and monotonic() - self._refreshed < _CACHE:
                 return
@@ -90,6 +92,10 @@ class _Readings(Collector):
             except UNAVAILABLE as error:
                 self._database_up = False
                 log.warning("no metrics of the database", error=str(error) or type(error).__name__)
+            try:
+                self._log_head = await self._context.log.head()
+            except LogUnavailable as error:
+                log.warning("no metrics of the event log", error=str(error))
             self._refreshed = monotonic()
 
     def collect(self) -> Iterator[Metric]:
@@ -110,7 +116,7 @@ class _Readings(Collector):
 
     def _realtime(self) -> Iterator[Metric]:
         hub, feed, history = self._context.hub, self._context.feed, self._context.history
-        yield _gauge("log_head", "Offset of the newest entry of the event log.", self._context.log.head)
+        yield _gauge("log_head", "Offset of the newest entry of the event log, at the last look.", self._log_head)
         yield _gauge("feed_ready", "Whether the feed has caught up with the event log.", int(feed.ready))
         yield _gauge("feed_offset", "Offset of the last entry that the feed has read.", feed.offset)
         if feed.age is not None:

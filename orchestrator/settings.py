@@ -7,6 +7,7 @@ the documentation and `.env.example`, so the three cannot drift apart (`tests/un
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,37 @@ class DatabaseSettings:
     # Seconds. A request waits no longer for a free connection or for an answer before it is told 503.
     timeout: float = variable(
         "DATABASE_TIMEOUT", "float", 5.0, help="Seconds to wait for a connection or an answer.", check=positive
+    )
+
+
+def _age(value: str) -> str | None:
+    return None if re.fullmatch(r"[1-9][0-9]*[YMDhms]", value) else f"must be like 7D, 12h or 30m, not {value!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class AmqpSettings:
+    """The RabbitMQ whose stream is the event log that all processes share."""
+
+    url: str = variable(
+        "AMQP_URL",
+        "str",
+        help="RabbitMQ, as amqp[s]://user:password@host:port/vhost; several, comma-separated, for a cluster.",
+        secret=True,
+    )
+    # RabbitMQ drops whole segments: some entries are kept longer than this.
+    max_age: str = variable(
+        "EVENTS_MAX_AGE",
+        "str",
+        "1D",
+        help="How long the log keeps events: a number and Y, M, D, h, m or s.",
+        check=_age,
+    )
+    max_bytes: int = variable(
+        "EVENTS_MAX_BYTES", "int", 10 << 30, help="Bytes of events that the log keeps at most.", check=positive
+    )
+    # Seconds. What RabbitMQ has not confirmed by then is published again.
+    timeout: float = variable(
+        "AMQP_TIMEOUT", "float", 5.0, help="Seconds that RabbitMQ may take to answer.", check=positive
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateway.settings import GatewaySettings, RealtimeSettings
 from gateway.token_settings import TokenVariables
-from orchestrator.settings import DatabaseSettings, OrchestratorSettings, Variable, variables
+from orchestrator.settings import AmqpSettings, DatabaseSettings, OrchestratorSettings, Variable, variables
 from scripts.logs import LogSettings
 from scripts.settings import DevSettings
 
@@ -22,6 +22,7 @@ SECTIONS: tuple[tuple[str, type], ...] = (
     ("WebSocket", RealtimeSettings),
     ("Tokens", TokenVariables),
     ("Database", DatabaseSettings),
+    ("Event log", AmqpSettings),
     ("Orchestrator", OrchestratorSettings),
     ("Logs", LogSettings),
     ("`cluster-code dev`", DevSettings),
@@ -29,6 +30,7 @@ SECTIONS: tuple[tuple[str, type], ...] = (
 # Set by nobody, these take what is said here.
 _STAND_INS = {
     "DATABASE_URL": "the embedded PostgreSQL, in `dev` and admin commands",
+    "AMQP_URL": "the log in memory, in `dev`",
     "JWT_SECRET": "made and kept in DATA_DIR by `dev`",
 }
 

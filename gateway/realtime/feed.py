@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from typing import cast
 
 import orjson
 import structlog
@@ -16,17 +15,14 @@ from gateway.realtime.hub import Hub
 from gateway.realtime.protocol import CloseCode
 from orchestrator.database import Pool, backoff
 from orchestrator.errors import LogUnavailable
-from orchestrator.eventlog.contract import Entry, EventLog, Truncated
+from orchestrator.eventlog.contract import Entry, EpochChanged, EventLog, Truncated
 from orchestrator.events import GATEWAY, PERMISSIONS_CHANGED
 
 log = structlog.get_logger("gateway.feed")
 
-# Offsets before the head at which a new process begins to read, so that clients of another one can resume here.
-_REREAD = 100_000
-
 
 class Feed:
-    """Follows the log. `ready` is set once it has read all that was there when it began."""
+    """Follows the log. `ready`: it has read all that was there when it began, or began anew in another epoch."""
 
     def __init__(self, event_log: EventLog, history: History, hub: Hub, pool: Pool) -> None:
         self.ready = False
@@ -38,6 +34,9 @@ class Feed:
         self._history = history
         self._hub = hub
         self._pool = pool
+        # The epoch that the history is of; None before the first. The offset from which on it is warm.
+        self._epoch: str | None = None
+        self._target = 0
         self._last_event_at: float | None = None
         self._failures_in_a_row = 0
 
@@ -64,10 +63,14 @@ class Feed:
             group.create_task(rechecks.run(self._hub, self._pool), name="feed: rechecks")
 
     async def _follow(self) -> None:
-        self._start_anew(max(0, self._log.head - _REREAD))
         while True:
             try:
-                await self._read(self._log.head)
+                if self._log.epoch != self._epoch:
+                    await self._begin()
+                else:
+                    await self._read()
+            except EpochChanged as lost:
+                log.warning("the log has begun anew", epoch=lost.epoch)
             except Truncated as lost:
                 self._start_anew(lost.first - 1)
             except LogUnavailable as error:
@@ -76,31 +79,47 @@ class Feed:
                 log.warning("the log cannot be read", error=str(error), failures=self._failures_in_a_row)
                 await asyncio.sleep(backoff(self._failures_in_a_row))
 
-    async def _read(self, target: int) -> None:
-        """Read on from the history's head. Returns when the log has begun a new epoch, ready to read that one."""
-        if self._log.epoch != self._history.epoch:
-            self._start_anew(max(0, self._log.head - _REREAD))
-        epoch = self._history.epoch
-        self.ready = self.ready or self.offset >= target
-        # Every implementation is an async generator; the contract asks for `aclose`.
-        reader = cast(AsyncGenerator[Sequence[Entry], None], self._log.read(self.offset))
-        async with aclosing(reader):
+    async def _begin(self) -> None:
+        """Begin with what the history would hold by now, so that clients of other gateways can resume here."""
+        self.ready = False
+        epoch = self._log.epoch
+        if self._epoch is not None:
+            # Whatever follows, it does not connect to what these clients have seen.
+            self._hub.close_all(CloseCode.POSITION_LOST)
+        floor = await self._log.offset_before(self._history.max_seconds)
+        self._target = await self._log.head()
+        if self._log.epoch == epoch:
+            self._epoch = epoch
+            self._start_anew(max(floor, self._target - self._history.most_entries))
+
+    async def _read(self) -> None:
+        """Read on from the history's head, for ever. Raises what the log raises, RuntimeError when it ends."""
+        self._look_ready()
+        async with aclosing(self._log.read(self.offset)) as reader:
             async for batch in reader:
-                if self._log.epoch != epoch:
-                    self._start_anew(max(0, self._log.head - _REREAD))
-                    return
                 self._failures_in_a_row = 0
                 self.take(batch)
-                self.ready = self.ready or self.offset >= target
+                self._look_ready()
                 # Batches that lie ready must not keep the hub from writing, nor anybody else from running.
                 await asyncio.sleep(0)
         raise RuntimeError("the event log has ended, which it must not while the feed reads it")
+
+    def _look_ready(self) -> None:
+        if not self.ready and self.offset >= self._target:
+            log.info("history is warm", events=len(self._history), bytes=self._history.bytes, offset=self.offset)
+            self.ready = True
 
     def take(self, batch: Sequence[Entry]) -> None:
         """Put a batch into the history and hand it to the hub. Repeats, and what was read before, go no further."""
         self._last_event_at = now = asyncio.get_running_loop().time()
         for entry in batch:
             if entry.offset <= self._history.head:
+                continue
+            if not entry.channel:
+                self._history.skip(entry.offset)
+                if entry.invalid:
+                    self.invalid += 1
+                    log.warning("skipped what is no event", offset=entry.offset, reason=entry.invalid)
                 continue
             if entry.channel == GATEWAY:
                 self._history.skip(entry.offset)

@@ -72,7 +72,7 @@ class History:
         self.head = 0
         self.bytes = 0
         self.repeats = 0
-        self._max_seconds = max_seconds
+        self.max_seconds = max_seconds
         self._max_bytes = max_bytes
         self._events: deque[Stored] = deque()
         self._channels: dict[str, _Index] = {}
@@ -87,6 +87,11 @@ class History:
     def position(self) -> Position:
         """The head, as clients are told it."""
         return Position(self.epoch, self.head)
+
+    @property
+    def most_entries(self) -> int:
+        """More entries than this are never kept, however small they are."""
+        return self._max_bytes // _OVERHEAD
 
     def reset(self, epoch: str, floor: int) -> None:
         """Forget everything and begin after the offset `floor`, in `epoch`."""
@@ -126,7 +131,7 @@ class History:
 
     def expire(self, now: float) -> None:
         """Drop what is too old or too much."""
-        events, oldest = self._events, now - self._max_seconds
+        events, oldest = self._events, now - self.max_seconds
         while events and (self.bytes > self._max_bytes or events[0].at < oldest):
             gone = events.popleft()
             self.floor = gone.offset

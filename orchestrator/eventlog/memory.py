@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import string
-from collections.abc import AsyncIterator, Sequence
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Sequence
+from time import monotonic
 
 from orchestrator.errors import LogUnavailable
 from orchestrator.eventlog.contract import Entry, Truncated
@@ -29,6 +31,7 @@ class MemoryLog:
         self._max_bytes = max_bytes
         # `_entries[_start]` has the offset `_first`; what lies before it is dropped, and leaves the list by and by.
         self._entries: list[Entry] = []
+        self._times: list[float] = []
         self._start = 0
         self._first = offset + 1
         self._bytes = 0
@@ -40,27 +43,35 @@ class MemoryLog:
         """Another for each log."""
         return self._epoch
 
+    async def head(self) -> int:
+        """The offset of the newest entry. Nothing is awaited."""
+        return self._head
+
+    async def offset_before(self, seconds: float) -> int:
+        """Exactly the offset before the first entry of that time. Nothing is awaited."""
+        return self._first - 1 + bisect_left(self._times, monotonic() - seconds, lo=self._start) - self._start
+
     @property
-    def head(self) -> int:
-        """The offset of the newest entry."""
+    def _head(self) -> int:
         return self._first + len(self._entries) - self._start - 1
 
     async def publish(self, events: Sequence[Event]) -> None:
         """Append all of them or, when the log is closed, none. Raises LogUnavailable. Nothing is awaited."""
         if self._closed:
             raise LogUnavailable("the event log is closed")
-        offset = self.head
+        offset = self._head
         added = [
             Entry(offset + place, event.id, event.event_type, event.channel, event.body())
             for place, event in enumerate(events, 1)
         ]
         if added:
             self._entries += added
+            self._times += [monotonic()] * len(added)
             self._bytes += sum(len(entry.body) + _OVERHEAD for entry in added)
             self._drop()
             self._wake()
 
-    async def read(self, after: int) -> AsyncIterator[Sequence[Entry]]:
+    async def read(self, after: int) -> AsyncGenerator[Sequence[Entry], None]:
         """As the contract says. Ends when the log is closed; raises LogUnavailable when it was closed before."""
         if self._closed:
             raise LogUnavailable("the event log is closed")
@@ -100,6 +111,7 @@ class MemoryLog:
             self._first += 1
         if self._start > 1024 and self._start * 2 > len(self._entries):
             del self._entries[: self._start]
+            del self._times[: self._start]
             self._start = 0
 
     def _wake(self) -> None:

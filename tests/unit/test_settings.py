@@ -12,7 +12,15 @@ from environs import Env
 from gateway.settings import GatewaySettings, RealtimeSettings
 from gateway.token_settings import TokenVariables, token_settings
 from orchestrator.errors import SettingsError
-from orchestrator.settings import DatabaseSettings, OrchestratorSettings, environment, load, positive, variable
+from orchestrator.settings import (
+    AmqpSettings,
+    DatabaseSettings,
+    OrchestratorSettings,
+    environment,
+    load,
+    positive,
+    variable,
+)
 from scripts import reference
 from scripts.logs import LogSettings
 from scripts.settings import DevSettings
@@ -120,7 +128,7 @@ def test_every_settings_class_is_in_the_reference() -> None:
     classes = {settings for _, settings in reference.SECTIONS}
     assert classes == {
         *(GatewaySettings, RealtimeSettings, TokenVariables, LogSettings),
-        *(DatabaseSettings, OrchestratorSettings, DevSettings),
+        *(AmqpSettings, DatabaseSettings, OrchestratorSettings, DevSettings),
     }
     names = [entry.name for entry in reference.entries()]
     assert len(names) == len(set(names))

@@ -74,12 +74,12 @@ class EventLogContract:
         """Make the log drop entries, without any help of its readers; returns an offset after which some are gone."""
         pytest.skip("this log cannot be made to drop entries at will")
 
-    def test_the_epoch_can_be_part_of_a_position(self, event_log: EventLog) -> None:
+    async def test_the_epoch_can_be_part_of_a_position(self, event_log: EventLog) -> None:
         assert re.fullmatch(r"[a-z0-9]{1,32}", event_log.epoch)
-        assert event_log.head >= 0
+        assert await event_log.head() >= 0
 
     async def test_what_is_published_is_read_in_order_with_growing_offsets(self, event_log: EventLog) -> None:
-        before = event_log.head
+        before = await event_log.head()
         events = [*numbered(range(3)), *numbered(range(3, 5), "user:7")]
         await event_log.publish(events)
         entries = await read(event_log, before, 5)
@@ -90,15 +90,24 @@ class EventLogContract:
         assert offsets == sorted(set(offsets))
         assert before < offsets[0]
         assert offsets[0] >= 1
-        assert event_log.head == offsets[-1]
+        assert await event_log.head() == offsets[-1]
+
+    async def test_an_offset_before_a_time_has_all_entries_of_that_time_after_it(self, event_log: EventLog) -> None:
+        before = await event_log.head()
+        await event_log.publish(numbered(range(5)))
+        offset = await event_log.offset_before(600)
+        assert offset <= before
+        entries = await read(event_log, offset, before - offset + 5)
+        assert numbers_of(entries[-5:]) == list(range(5))
+        assert await event_log.offset_before(0) <= await event_log.head()
 
     async def test_publishing_nothing_is_nothing(self, event_log: EventLog) -> None:
-        before = event_log.head
+        before = await event_log.head()
         await event_log.publish([])
-        assert event_log.head == before
+        assert await event_log.head() == before
 
     async def test_two_readers_see_the_same_entries_with_the_same_offsets(self, event_log: EventLog) -> None:
-        before = event_log.head
+        before = await event_log.head()
         async with following(event_log, before) as first, following(event_log, before) as second:
             for number in range(20):
                 await event_log.publish(numbered([number]))
@@ -107,7 +116,7 @@ class EventLogContract:
             assert first == second
 
     async def test_reading_from_the_middle_gives_exactly_the_rest(self, event_log: EventLog) -> None:
-        before = event_log.head
+        before = await event_log.head()
         await event_log.publish(numbered(range(10)))
         entries = await read(event_log, before, 10)
         for place in range(9):
@@ -115,25 +124,25 @@ class EventLogContract:
 
     async def test_a_reader_at_the_head_gets_what_comes(self, event_log: EventLog) -> None:
         await event_log.publish(numbered([1]))
-        async with following(event_log, event_log.head) as entries:
+        async with following(event_log, await event_log.head()) as entries:
             await event_log.publish(numbered([2, 3]))
             await grown(entries, 2)
             assert numbers_of(entries) == [2, 3]
 
     async def test_a_large_log_is_read_completely(self, event_log: EventLog) -> None:
-        before = event_log.head
+        before = await event_log.head()
         for start in range(0, 5_000, 500):
             await event_log.publish(numbered(range(start, start + 500)))
         assert numbers_of(await read(event_log, before, 5_000)) == list(range(5_000))
 
     async def test_large_and_odd_bodies_come_back_as_they_were(self, event_log: EventLog) -> None:
-        before = event_log.head
+        before = await event_log.head()
         texts = ["x" * 300_000, "\0", "\u2028\U0001f600", '"\\'] + ["y" * 100_000] * 8
         await event_log.publish([Event("a", "b:1", {"n": text}) for text in texts])
         assert [orjson.loads(e.body)["data"]["n"] for e in await read(event_log, before, len(texts))] == texts
 
     async def test_each_publisher_keeps_its_order_beside_others(self, event_log: EventLog) -> None:
-        before = event_log.head
+        before = await event_log.head()
 
         async def publish(channel: str) -> None:
             for start in range(0, 100, 5):
@@ -149,7 +158,7 @@ class EventLogContract:
         assert [entry.offset for entry in entries] == sorted({entry.offset for entry in entries})
 
     async def test_a_repeated_event_keeps_its_id(self, event_log: EventLog) -> None:
-        before = event_log.head
+        before = await event_log.head()
         event = numbered([1])[0]
         await event_log.publish([event])
         await event_log.publish([event])
@@ -163,7 +172,7 @@ class EventLogContract:
         assert len(entries) in (2, 3)
 
     async def test_a_reader_that_stops_disturbs_nobody(self, event_log: EventLog) -> None:
-        before = event_log.head
+        before = await event_log.head()
         async with following(event_log, before) as lasting:
             async with following(event_log, before) as short:
                 await event_log.publish(numbered([1]))
@@ -177,7 +186,7 @@ class EventLogContract:
         seed = random.randrange(1 << 32)
         print(f"seed {seed}")
         draw = random.Random(seed)
-        before = event_log.head
+        before = await event_log.head()
         published = 0
         seen: list[Entry] = []
 
@@ -206,12 +215,12 @@ class EventLogContract:
         after = await self.truncate(event_log)
         with pytest.raises(Truncated) as caught:
             await read(event_log, after, 1)
-        assert after + 1 < caught.value.first <= event_log.head
+        assert after + 1 < caught.value.first <= await event_log.head()
         rest = await read(event_log, caught.value.first - 1, 1)
         assert rest[0].offset >= caught.value.first
 
     async def test_a_reader_that_falls_behind_is_told_and_never_skipped_ahead(self, event_log: EventLog) -> None:
-        before = event_log.head
+        before = await event_log.head()
         await event_log.publish(numbered([1]))
         async with asyncio.timeout(20), aclosing(event_log.read(before)) as reader:  # type: ignore[type-var]
             (first,) = await anext(reader)
@@ -228,7 +237,7 @@ class EventLogContract:
 
         async def follow() -> None:
             try:
-                async for _ in event_log.read(event_log.head):
+                async for _ in event_log.read(await event_log.head()):
                     pass
             except LogUnavailable:
                 pass
@@ -245,4 +254,4 @@ class EventLogContract:
         with pytest.raises(LogUnavailable):
             await event_log.check()
         with pytest.raises(LogUnavailable):
-            await anext(aiter(event_log.read(event_log.head)))
+            await anext(aiter(event_log.read(await event_log.head())))

@@ -24,7 +24,7 @@ async def _lines(stage: Stage, session_id: int) -> list[str]:
 
 
 async def _published(log: MemoryLog) -> list[dict[str, object]]:
-    if log.head == 0:
+    if await log.head() == 0:
         return []
     reader = log.read(0)
     entries = await anext(reader)

@@ -61,7 +61,7 @@ async def _opened(stage: Stage) -> bool:
 async def test_the_way_from_a_request_to_its_event_is_short(stage: Stage) -> None:
     async with stage.running(poll_interval=60.0):
         await until(lambda: _opened(stage))
-        reader = stage.log.read(stage.log.head)
+        reader = stage.log.read(await stage.log.head())
         project = await stage.project()
         began = perf_counter()
         await stage.create(project)

@@ -11,7 +11,7 @@ from gateway.realtime.feed import Feed
 from gateway.realtime.history import History
 from gateway.realtime.hub import Hub
 from orchestrator.errors import LogUnavailable
-from orchestrator.eventlog.contract import Entry, Truncated
+from orchestrator.eventlog.contract import Entry, EpochChanged, Truncated
 from orchestrator.eventlog.memory import MemoryLog
 from orchestrator.events import GATEWAY, PERMISSIONS_CHANGED, Event
 from tests.unit.realtime.wire import SETTINGS, connection, wire_of
@@ -30,7 +30,7 @@ class FailingLog(MemoryLog):
 
     def begin_anew(self) -> None:
         self._epoch = "second"
-        self._entries, self._start, self._first = [], 0, 1
+        self._entries, self._times, self._start, self._first = [], [], 0, 1
         self._wake()
 
     async def read(self, after: int) -> AsyncIterator[Sequence[Entry]]:
@@ -48,7 +48,7 @@ class FailingLog(MemoryLog):
                 return
             else:
                 await self._grown.wait()
-        yield [Entry(1, "x", "a", "session:1", b"{}")]
+        raise EpochChanged(self.epoch)
 
 
 class Stage:
@@ -178,7 +178,7 @@ async def test_a_new_epoch_after_an_outage_is_noticed_too(monkeypatch: pytest.Mo
         await stage.until(lambda: stage.feed.offset == 10)
         one = stage.join("session:1")
         log.fail(LogUnavailable("staged"))
-        log._epoch, log._entries, log._first = "third", [], 1
+        log._epoch, log._entries, log._times, log._first = "third", [], [], 1
         await stage.until(lambda: one.closed is not None)
         assert (wire_of(one).close_code, str(stage.history.position)) == (4010, "third:0")
 
