@@ -1,4 +1,4 @@
-"""What all tests share: a real PostgreSQL, a database for each test, and an eye on what a test leaves behind."""
+"""What all tests share: real services, a part of them for each test, and an eye on what a test leaves behind."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import os
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import NoReturn
 
 import asyncpg
 import pytest
@@ -18,6 +19,7 @@ import migrations
 from orchestrator.database import Pool, open_pool
 from orchestrator.settings import DatabaseSettings
 from scripts.embedded import EmbeddedPostgres
+from tests import rabbitmq
 
 # Tests need speed, not the survival of a power cut.
 _FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "100"}
@@ -83,3 +85,78 @@ async def no_task_left() -> AsyncIterator[None]:
     async with asyncio.timeout(2):
         while any(not task.done() for task in asyncio.all_tasks() - before):
             await asyncio.sleep(0.01)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the place of the run's RabbitMQ, before there are workers."""
+    if not hasattr(config, "workerinput"):
+        rabbitmq.begin_run()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the run's RabbitMQ, whatever became of the workers."""
+    if not hasattr(config, "workerinput"):
+        rabbitmq.end_run()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Have RabbitMQ boot beside the first tests, when one of those selected wants it."""
+    waiting = [item for item in session.items if "rabbitmq_server" in getattr(item, "fixturenames", ())]
+    booting = [item for item in session.items if "_own_broker" in getattr(item, "fixturenames", ())]
+    for item in (*waiting, *booting):
+        # Any of them may have to wait for a boot, which takes long on a busy machine.
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(rabbitmq.BOOT_DEADLINE + 60))
+    if waiting and not session.config.option.collectonly:
+        # The tests themselves say that there is none.
+        with suppress(rabbitmq.NoBroker):
+            rabbitmq.want()
+
+
+def no_broker(error: rabbitmq.NoBroker) -> NoReturn:
+    """Skip the test; fail it where everything must be there."""
+    if os.environ.get("CI"):
+        pytest.fail(str(error), pytrace=False)
+    pytest.skip(str(error))
+
+
+@pytest_asyncio.fixture
+async def rabbitmq_server() -> rabbitmq.Server:
+    """The RabbitMQ that all tests of the run share: each works in a virtual host of its own."""
+    try:
+        return await rabbitmq.shared()
+    except rabbitmq.NoBroker as error:
+        no_broker(error)
+
+
+@pytest_asyncio.fixture
+async def vhost(rabbitmq_server: rabbitmq.Server) -> AsyncIterator[str]:
+    """The name of an empty virtual host that only this test has."""
+    name = f"test-{os.getpid()}-{next(_numbers)}"
+    await rabbitmq_server.add_vhost(name)
+    yield name
+    await rabbitmq_server.delete_vhost(name)
+
+
+@pytest.fixture
+def amqp_url(rabbitmq_server: rabbitmq.Server, vhost: str) -> str:
+    """The URL of the test's own virtual host."""
+    return rabbitmq_server.amqp_url(vhost)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def _own_broker() -> AsyncIterator[rabbitmq.Broker]:
+    try:
+        broker = rabbitmq.Broker()
+    except rabbitmq.NoBroker as error:
+        no_broker(error)
+    yield broker
+    await broker.stop()
+
+
+@pytest_asyncio.fixture
+async def broker(_own_broker: rabbitmq.Broker) -> rabbitmq.Broker:
+    """A running RabbitMQ that the test may kill, freeze and start again; in a later test it runs once more."""
+    if not _own_broker.running:
+        await _own_broker.start()
+    return _own_broker
