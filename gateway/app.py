@@ -19,6 +19,7 @@ from gateway.context import CONTEXT, Context
 from gateway.metrics import METRICS, Metrics
 from gateway.middleware import edge, stamp
 from gateway.ratelimit import LIMITS, Limits
+from gateway.realtime.archive import Archive
 from gateway.realtime.feed import Feed
 from gateway.realtime.history import History
 from gateway.realtime.hub import Hub
@@ -59,6 +60,7 @@ def build(
         tokens=Tokens(token_settings, outside.fetch_json),
         log=log,
         history=history,
+        archive=Archive(log, history, settings.realtime),
         hub=hub,
         feed=Feed(log, history, hub, pool),
         database_timeout=database_settings.timeout,

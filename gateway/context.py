@@ -9,6 +9,7 @@ from aiohttp import web
 
 if TYPE_CHECKING:
     from auth.tokens import Tokens
+    from gateway.realtime.archive import Archive
     from gateway.realtime.feed import Feed
     from gateway.realtime.history import History
     from gateway.realtime.hub import Hub
@@ -26,6 +27,7 @@ class Context:
     tokens: Tokens
     log: EventLog
     history: History
+    archive: Archive
     hub: Hub
     feed: Feed
     # Seconds that a request waits for a connection of the pool before it is told 503.

@@ -127,6 +127,9 @@ class _Readings(Collector):
         yield _gauge("history_events", "Events kept for clients that resume.", len(history))
         yield _gauge("history_bytes", "Bytes that they take.", history.bytes)
         yield _counter("history_repeats", "Repeated publications that were dropped.", history.repeats)
+        archive = self._context.archive
+        yield _counter("replays", "Replays from the log, of what the history had dropped.", archive.replays)
+        yield _gauge("replays_running", "Those under way.", archive.reading)
         yield _gauge("connections", "Open WebSocket connections.", len(hub.connections))
         yield _gauge("connected_users", "Users that have one.", len(hub.by_user))
         yield _counter("deliveries", "Events handed to connections.", hub.deliveries)

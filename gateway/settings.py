@@ -60,6 +60,17 @@ class RealtimeSettings:
     history_bytes: int = variable(
         "HISTORY_BYTES", "int", 64 << 20, help="Bytes of events kept for clients that resume.", check=positive
     )
+    # Each costs this process about ten deliveries an event, whoever the event is for.
+    replay_readers: int = variable(
+        "REPLAY_READERS",
+        "int",
+        2,
+        help="Clients at once that get what is older than the history from the log itself.",
+        check=positive,
+    )
+    replay_events: int = variable(
+        "REPLAY_EVENTS", "int", 500_000, help="How many events before the history may be replayed so.", check=positive
+    )
     # Connections a second. A drain that is spread evenly spares the replicas that the clients go to.
     drain_rate: int = variable(
         "WS_DRAIN_RATE", "int", 500, help="Connections closed a second while draining.", check=positive

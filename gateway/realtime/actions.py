@@ -71,7 +71,7 @@ async def _subscribe(context: Context, connection: Connection, action: protocol.
     if channel not in connection.channels and len(connection.channels) >= hub.settings.channels_per_connection:
         hub.close(connection, CloseCode.CHANNEL_LIMIT)
         return
-    await recovery.subscribe(hub, context.history, connection, action)
+    await recovery.subscribe(hub, context.history, context.archive, connection, action)
     if hub.generation != generation:
         # A change that was told between the check and the subscription has not found it.
         hub.recheck(connection.user_id)

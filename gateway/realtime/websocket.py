@@ -146,7 +146,7 @@ async def _serve(request: web.Request, context: Context, admission: Admission, g
             hub.recheck(connection.user_id)
         liveness.start(hub, connection, loop.time())
         connection.handling = True
-        await recovery.begin(hub, context.history, connection, request.query.get("since"))
+        await recovery.begin(hub, context.history, context.archive, connection, request.query.get("since"))
         connection.handling = False
         await _read(socket, context, connection)
     except upgrade.FrameError as error:

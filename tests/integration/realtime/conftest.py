@@ -20,6 +20,7 @@ from auth.tokens import Tokens, TokenSettings
 from gateway.context import CONTEXT, Context
 from gateway.problems import Problem
 from gateway.realtime import websocket
+from gateway.realtime.archive import Archive
 from gateway.realtime.feed import Feed
 from gateway.realtime.history import History
 from gateway.realtime.hub import Hub
@@ -145,7 +146,17 @@ async def _gateway(pool: Pool, log: EventLog, settings: GatewaySettings) -> Asyn
     hub = Hub(settings.realtime)
     feed = Feed(log, history, hub, pool)
     app = web.Application(middlewares=[problems])
-    context = Context(settings, pool, Tokens(TOKENS), log, history, hub, feed, database_timeout=2.0)
+    context = Context(
+        settings,
+        pool,
+        Tokens(TOKENS),
+        log,
+        history,
+        Archive(log, history, settings.realtime),
+        hub,
+        feed,
+        database_timeout=2.0,
+    )
     app[CONTEXT] = context
     app.router.add_get("/ws", websocket.handle)
     async with no_task_left():

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from gateway.realtime import recovery
+from gateway.realtime.archive import Archive
 from gateway.realtime.history import History
 from gateway.realtime.hub import Hub
 from gateway.realtime.protocol import CloseCode, Subscribe
+from orchestrator.eventlog.memory import MemoryLog
 from tests.unit.realtime.wire import SETTINGS, connection, entry, wire_of
 
 ALL = ("user:7", "session:1", "session:2")
@@ -20,6 +22,8 @@ class Stage:
     def __init__(self, *, seconds: float = 600) -> None:
         self.hub = Hub(SETTINGS)
         self.history = History("e", seconds, 64 << 20)
+        # Its log is empty: what the history has dropped is gone.
+        self.archive = Archive(MemoryLog(), self.history, SETTINGS)
         self.now = 0.0
 
     def feed(self, *offsets: int, size: int = 0) -> None:
@@ -31,11 +35,11 @@ class Stage:
     async def begin(self, *channels: str, since: str | None = None, **fields: Any):
         one = connection(*channels, **fields)
         self.hub.add(one)
-        await recovery.begin(self.hub, self.history, one, since)
+        await recovery.begin(self.hub, self.history, self.archive, one, since)
         return one
 
     async def subscribe(self, one, channel: str, since: str | None = None) -> None:
-        await recovery.subscribe(self.hub, self.history, one, Subscribe(channel, since, "q"))
+        await recovery.subscribe(self.hub, self.history, self.archive, one, Subscribe(channel, since, "q"))
 
 
 def kinds(one) -> list[Any]:
@@ -219,7 +223,7 @@ async def test_a_replay_ends_with_its_connection_or_its_history(end: str) -> Non
         stage.history.reset("f", 1)
     valve.let()
     await task
-    assert one.closed == {"closed": 4011, "lost": None, "evicted": 4010, "anew": 4010}[end]
+    assert one.closed == {"closed": 4011, "lost": None, "evicted": 4011, "anew": 4010}[end]
     assert not one.live
     assert "subscribed" not in kinds(one)
 
