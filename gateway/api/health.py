@@ -46,7 +46,7 @@ class ProviderPart(Schema):
 class Ready(Schema):
     """Whether this gateway can serve, part by part. Providers are told, and do not count: others serve meanwhile."""
 
-    status = fields.String(required=True, metadata={"description": "ready, down or draining"})
+    status = fields.String(required=True, metadata={"description": "ready, degraded, down or draining"})
     database = fields.Nested(Part, required=True)
     log = fields.Nested(Part, required=True)
     feed = fields.Nested(Part, required=True)
@@ -67,16 +67,27 @@ async def health(call: Call) -> web.Response:
     database=Database.NONE,
 )
 async def ready(call: Call) -> web.Response:
-    """503 while the database, the event log or the feed is away, or while it drains."""
+    """503 while the database is away, until the feed has caught up with the event log, or while it drains.
+
+    An event log that goes away later is told ("degraded") with 200. All replicas lose it at once, and taking them all
+    out of service would end what works without it: REST, whose events wait in the outbox, and the open connections.
+    """
     context = call.context
     (database, providers), log = await asyncio.gather(_database(context), _log(context))
     feed = _part("ready") if context.feed.ready else _part("down", "It has not caught up with the event log.")
-    down = any(part["state"] != "ready" for part in (database, log, feed))
-    status = "draining" if context.hub.draining else "down" if down else "ready"
+    status = _status(context, *(part["state"] == "ready" for part in (database, log, feed)))
     return answer(
         {"status": status, "database": database, "log": log, "feed": feed, "providers": providers},
-        200 if status == "ready" else 503,
+        200 if status in ("ready", "degraded") else 503,
     )
+
+
+def _status(context: Context, database: bool, log: bool, feed: bool) -> str:
+    if context.hub.draining:
+        return "draining"
+    if not (database and feed):
+        return "down"
+    return "ready" if log else "degraded"
 
 
 def _part(state: str, message: str = "") -> dict[str, str]:

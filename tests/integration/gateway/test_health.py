@@ -30,13 +30,18 @@ async def test_readiness_names_every_part(api: Api) -> None:
     }
 
 
-async def test_a_log_that_does_not_answer_is_not_ready(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_log_that_goes_away_later_takes_no_gateway_out_of_service(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(type(api.context.log), "check", AsyncMock(side_effect=LogUnavailable("The log is away.")))
     answer = await api.call("GET", "/ready")
-    assert (answer.status, answer.json["status"]) == (503, "down")
+    assert (answer.status, answer.json["status"]) == (200, "degraded")
     assert answer.json["log"] == {"state": "down", "message": "The log is away."}
     monkeypatch.setattr(type(api.context.log), "check", AsyncMock(side_effect=TimeoutError))
     assert (await api.call("GET", "/ready")).json["log"]["state"] == "down"
+    api.context.feed.ready = False
+    answer = await api.call("GET", "/ready")
+    assert (answer.status, answer.json["status"]) == (503, "down")
 
 
 async def test_a_feed_that_lags_is_not_ready(api: Api) -> None:
