@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 import structlog
 
@@ -17,32 +19,50 @@ from orchestrator.database import UNAVAILABLE
 log = structlog.get_logger("gateway.actions")
 
 
-async def handle(context: Context, connection: Connection, data: bytes) -> None:
-    """Do what a text frame asks for and answer it. Raises nothing that a client can cause."""
+def handle(context: Context, connection: Connection, data: bytes) -> Coroutine[Any, Any, None] | None:
+    """Do what a text message asks for and answer it, or return what is to be awaited for that.
+
+    Neither raises anything that a client can cause.
+    """
     try:
         action = protocol.parse(data)
     except protocol.Rejected as rejected:
         _reject(context, connection, rejected)
-        return
+        return None
+    match action:
+        case protocol.Subscribe():
+            return _answered(context, connection, action, _subscribe(context, connection, action))
+        case protocol.Refresh():
+            return _answered(context, connection, action, _refresh(context, connection, action))
+        case protocol.Unsubscribe():
+            try:
+                _unsubscribe(context, connection, action)
+            except AuthError as error:
+                _refuse(context, connection, action, error)
+        case protocol.Ping():
+            _send(context, connection, "pong", connection.own_channel, action.id)
+    return None
+
+
+async def _answered(
+    context: Context, connection: Connection, action: protocol.Action, work: Coroutine[Any, Any, None]
+) -> None:
+    """Await the work; what it raises becomes an answer."""
     try:
-        match action:
-            case protocol.Subscribe():
-                await _subscribe(context, connection, action)
-            case protocol.Unsubscribe():
-                authorization.parse_channel(action.channel)
-                if action.channel == connection.own_channel:
-                    raise Forbidden("Every connection keeps its user's own channel.")
-                context.hub.unsubscribe(connection, action.channel)
-                _send(context, connection, "unsubscribed", action.channel, action.id)
-            case protocol.Ping():
-                _send(context, connection, "pong", connection.own_channel, action.id)
-            case protocol.Refresh():
-                await _refresh(context, connection, action)
+        await work
     except AuthError as error:
         _refuse(context, connection, action, error)
     except UNAVAILABLE as error:
         log.warning("an action needs the database", error=str(error) or type(error).__name__)
         _refuse(context, connection, action, error)
+
+
+def _unsubscribe(context: Context, connection: Connection, action: protocol.Unsubscribe) -> None:
+    authorization.parse_channel(action.channel)
+    if action.channel == connection.own_channel:
+        raise Forbidden("Every connection keeps its user's own channel.")
+    context.hub.unsubscribe(connection, action.channel)
+    _send(context, connection, "unsubscribed", action.channel, action.id)
 
 
 def _refuse(context: Context, connection: Connection, action: protocol.Action, error: BaseException) -> None:

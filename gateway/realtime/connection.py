@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from uuid import uuid4
+from secrets import token_hex
+from typing import TYPE_CHECKING
 
 from auth.permissions import Identity
 from orchestrator.events import user_channel
 
+if TYPE_CHECKING:
+    from gateway.realtime.history import Stored
+
+
+def _new_id() -> str:
+    # 64 random bits: short, since it is kept for each connection, and too many to meet twice over all gateways.
+    return token_hex(8)
+
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """State only: the hub, the sweep and the reader's actions work on it. All of it belongs to one event loop."""
+    """State only: the hub, the sweep and the stream's actions work on it. All of it belongs to one event loop."""
 
     transport: asyncio.Transport
-    # Returns once the transport's buffer has room again, or the connection is lost. Never raises; not to be cancelled.
-    drained: Callable[[], Awaitable[None]]
     identity: Identity
     # What the short token was narrowed to; None: it was not.
     narrowed: tuple[str, ...] | None
@@ -27,28 +34,37 @@ class Connection:
     valid_from: float
     # Whether the client takes JSON arrays.
     batch: bool = False
-    id: str = field(default_factory=lambda: uuid4().hex)
+    id: str = field(default_factory=_new_id)
     # In the order of subscription; permitted, whether or not live events flow already.
-    channels: dict[str, None] = field(default_factory=dict)
+    channels: tuple[str, ...] = ()
     # Live events flow: it is in the hub's lists. Not so while it catches up from history.
     live: bool = False
     # The code with which it was closed or aborted; nothing more may be written then.
     closed: int | None = None
-    # The hub's note during one flush: those of the connection's channels that have something.
-    busy: tuple[str, ...] = ()
+    # The transport holds more unsent bytes than its high-water mark.
+    paused: bool = False
+    # The hub's note during one flush: what the connection is to get.
+    busy: list[Stored] | None = None
 
     # Loop times, for the sweep: when to look next, when to ping, until when the pong must come.
     due: float = 0.0
     next_ping: float = 0.0
     pong_due: float | None = None
-    # An action is being worked on: frames after it, pongs too, wait unread.
+    # An action is worked on, so that nothing is read, a pong neither.
     handling: bool = False
-    # Since when a replay has been waiting for the client to read.
+    # Loop time since which a replay waits for the client to read.
     stalled_since: float | None = None
     # `expiring` was sent.
     warned: bool = False
-    # Loop times of the last malformed frames.
-    malformed: list[float] = field(default_factory=list)
+    # Loop times of the malformed frames within the last minute.
+    malformed: tuple[float, ...] = ()
+
+    # `transport.write`, looked up once.
+    write: Callable[[bytes], None] = field(init=False, repr=False)
+    _drained: asyncio.Future[None] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.write = self.transport.write
 
     @property
     def user_id(self) -> int:
@@ -64,3 +80,18 @@ class Connection:
     def ended(self) -> bool:
         """Whether it is closed by us or lost."""
         return self.closed is not None or self.transport.is_closing()
+
+    async def drained(self) -> None:
+        """Return once the transport's buffer has room, or the connection is lost. One task at a time may wait."""
+        if self.paused:
+            self._drained = asyncio.get_running_loop().create_future()
+            try:
+                await self._drained
+            finally:
+                self._drained = None
+
+    def resume(self) -> None:
+        """The buffer has room again, or there is none any more."""
+        self.paused = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)

@@ -3,13 +3,16 @@
 Events published in one turn of the loop are joined per channel and handed over at its end. On one connection offsets
 only grow, across channels too, since a client resumes from the last one it has seen: where several of its channels have
 something in the same turn, they are merged. There is no task, no queue and no await for a connection in here.
+
+No write looks whether the client keeps up: the transport says so itself, by `pause_writing`, when more than the limit
+of unsent bytes waits in it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import structlog
 
@@ -23,6 +26,8 @@ log = structlog.get_logger("gateway.hub")
 
 # Bytes of pending events that are not left waiting for the end of the turn, so that no burst alone makes a client slow.
 _FLUSH_AT = 256 << 10
+# Bytes that may wait in the transport of a connection that catches up; then its replay waits for the client.
+_REPLAY_UNSENT = 64 << 10
 # Seconds for the client to answer a close frame, and for unsent bytes to go, until the transport is aborted.
 CLOSE_TIMEOUT = 5.0
 
@@ -42,10 +47,16 @@ class Hub:
         self.changes = Wakeup()
         # Transports that were told to close, and the loop time at which they are aborted.
         self.lingering: dict[asyncio.Transport, float] = {}
+        # What clients have asked for and has to wait: at most one task a connection.
+        self.actions: set[asyncio.Task[None]] = set()
         self._ended = Wakeup()
         self._subscribers: dict[str, set[Connection]] = {}
         self._pending: dict[str, list[Stored]] = {}
         self._pending_bytes = 0
+        # Live connections whose transport holds more than the limit, each with the bytes that it may hold nevertheless.
+        self._slow: dict[Connection, int] = {}
+        # The size of the buffer that is being written.
+        self._writing = 0
 
         # For the metrics: events handed to connections, frames and bytes written for them, ends by code, resumptions.
         self.deliveries = 0
@@ -72,9 +83,16 @@ class Hub:
         self.connections[connection.id] = connection
 
     def attach(self, connection: Connection) -> None:
-        """Let live events of all its channels flow, from now on. The caller has sent all that came before."""
+        """Let live events of all its channels flow, from now on.
+
+        The caller has sent all that came before, and the transport has room (`connection.paused` is false). Does
+        nothing for a connection that has ended.
+        """
+        if connection.ended:
+            return
         self.flush()
         connection.live = True
+        connection.transport.set_write_buffer_limits(self.settings.unsent_bytes)
         for channel in connection.channels:
             self._subscribers.setdefault(channel, set()).add(connection)
 
@@ -85,10 +103,13 @@ class Hub:
             connection.live = False
             for channel in connection.channels:
                 self._unlist(connection, channel)
+            if not connection.ended:
+                connection.transport.set_write_buffer_limits(_REPLAY_UNSENT)
 
     def subscribe(self, connection: Connection, channel: str) -> None:
         """Add a channel; when live events flow, this one's do from now on."""
-        connection.channels[channel] = None
+        if channel not in connection.channels:
+            connection.channels += (channel,)
         if connection.live:
             self.flush()
             self._subscribers.setdefault(channel, set()).add(connection)
@@ -98,7 +119,7 @@ class Hub:
         if channel in connection.channels:
             self.flush()
             self._unlist(connection, channel)
-            connection.channels.pop(channel, None)
+            connection.channels = tuple(name for name in connection.channels if name != channel)
 
     def _unlist(self, connection: Connection, channel: str) -> None:
         listed = self._subscribers.get(channel)
@@ -123,61 +144,78 @@ class Hub:
         if not self._pending:
             return
         pending, self._pending, self._pending_bytes = self._pending, {}, 0
+        subscribers = self._subscribers
         if len(pending) == 1:
             ((channel, events),) = pending.items()
-            # A copy: a write may close a connection, which then leaves the set.
-            self._deliver(tuple(self._subscribers.get(channel, ())), events)
+            self._deliver(subscribers.get(channel, ()), events)
+        else:
+            lists = [(subscribers[channel], events) for channel, events in pending.items() if channel in subscribers]
+            several = _mark(lists)
+            for listed, events in lists:
+                # Those that get something else too have no mark.
+                self._deliver([one for one in listed if one.busy is events], events)
+                for one in listed:
+                    one.busy = None
+            self._deliver_merged(several)
+        if self._slow:
+            self._drop_slow()
+
+    def _deliver_merged(self, several: dict[Connection, list[list[Stored]]]) -> None:
+        """Write to connections several channels' events, in the order of their offsets."""
+        groups: dict[tuple[int, ...], list[Connection]] = {}
+        for connection, lists in several.items():
+            groups.setdefault(tuple(map(id, lists)), []).append(connection)
+        for connections in groups.values():
+            lists = several[connections[0]]
+            merged = sorted((stored for events in lists for stored in events), key=lambda stored: stored.offset)
+            self._deliver(connections, merged)
+
+    def _deliver(self, connections: Collection[Connection], events: list[Stored]) -> None:
+        """Write the same events to each connection, in one write. None of the writes can call back into the hub."""
+        if not connections:
             return
-        groups: dict[tuple[str, ...], list[Connection]] = {}
-        for connection in self._mark(pending):
-            groups.setdefault(connection.busy, []).append(connection)
-            connection.busy = ()
-        for channels, connections in groups.items():
-            self._deliver(connections, _merge([pending[channel] for channel in channels]))
-
-    def _mark(self, pending: Iterable[str]) -> list[Connection]:
-        """The connections that have something to get, each with its busy channels noted, always in the same order."""
-        marked: list[Connection] = []
-        for channel in pending:
-            alone = (channel,)
-            for connection in self._subscribers.get(channel, ()):
-                if connection.busy:
-                    connection.busy += alone
+        number = len(events)
+        plain = events[0].frame if number == 1 else b"".join([stored.frame for stored in events])
+        self._writing = size = len(plain)
+        arrays: list[Connection] = []
+        if number == 1:
+            for connection in connections:
+                connection.write(plain)
+        else:
+            for connection in connections:
+                if connection.batch:
+                    arrays.append(connection)
                 else:
-                    connection.busy = alone
-                    marked.append(connection)
-        return marked
+                    connection.write(plain)
+        written = len(connections) - len(arrays)
+        self.deliveries += len(connections) * number
+        self.frames += written * number
+        self.bytes += written * size
+        if arrays:
+            array = array_frame(payload_of(stored.frame) for stored in events)
+            self._writing = len(array)
+            for connection in arrays:
+                connection.write(array)
+            self.frames += len(arrays)
+            self.bytes += len(arrays) * len(array)
 
-    def _deliver(self, connections: Iterable[Connection], events: list[Stored]) -> None:
-        """Write the same events to each connection, in one write."""
-        limit = self.settings.unsent_bytes
-        plain = events[0].frame if len(events) == 1 else b"".join([stored.frame for stored in events])
-        array: bytes | None = None
-        written = frames = size = 0
-        slow: list[Connection] = []
-        for connection in connections:
-            transport = connection.transport
-            if connection.closed is not None or transport.is_closing():
-                continue
-            buffer = plain
-            if connection.batch and len(events) > 1:
-                if array is None:
-                    array = array_frame(payload_of(stored.frame) for stored in events)
-                buffer = array
-                frames += 1
-            else:
-                frames += len(events)
-            transport.write(buffer)
-            written += 1
-            size += len(buffer)
+    def stalled(self, connection: Connection) -> None:
+        """The transport holds more than it should: called from within the write that was too much.
+
+        While the connection catches up, that is the replay's affair.
+        """
+        if connection.live:
+            held = connection.transport.get_write_buffer_size()
             # A buffer that holds nothing older than this very write says nothing about the client's speed.
-            if limit < transport.get_write_buffer_size() > len(buffer):
-                slow.append(connection)
-        self.deliveries += written * len(events)
-        self.frames += frames
-        self.bytes += size
-        for connection in slow:
-            self.abort(connection)
+            self._slow[connection] = held if held <= self._writing else 0
+
+    def _drop_slow(self) -> None:
+        for connection, allowed in tuple(self._slow.items()):
+            if not connection.paused or connection.closed is not None:
+                del self._slow[connection]
+            elif connection.transport.get_write_buffer_size() > allowed:
+                del self._slow[connection]
+                self.abort(connection)
 
     def replay(self, connection: Connection, events: list[Stored]) -> None:
         """Write events from history to one connection. The caller paces: the limit of unsent bytes does not apply."""
@@ -189,7 +227,7 @@ class Hub:
         else:
             buffer = b"".join([stored.frame for stored in events])
             self.frames += len(events)
-        connection.transport.write(buffer)
+        connection.write(buffer)
         self.deliveries += len(events)
         self.bytes += len(buffer)
 
@@ -197,9 +235,10 @@ class Hub:
         """Write a control frame now. A client that piles up answers without reading them is dropped like a slow one."""
         if connection.ended:
             return
-        connection.transport.write(frame)
-        if connection.transport.get_write_buffer_size() > self.settings.unsent_bytes:
-            self.abort(connection)
+        self._writing = len(frame)
+        connection.write(frame)
+        if self._slow:
+            self._drop_slow()
 
     def close(self, connection: Connection, code: int) -> None:
         """Begin the closing handshake and forget the connection; its transport is aborted if that takes too long."""
@@ -221,13 +260,11 @@ class Hub:
         self.lingering[connection.transport] = asyncio.get_running_loop().time() + CLOSE_TIMEOUT
 
     def end(self, connection: Connection) -> None:
-        """Note that nobody reads the connection any more; aiohttp closes its transport next."""
+        """Note that the transport is gone. Ends what `admit` allowed, too."""
         self.drop(connection, CloseCode.LOST)
-        if connection.transport.get_write_buffer_size() == 0:
-            self.lingering.pop(connection.transport, None)
-        else:
-            # Closing waits for a peer that does not read as long as that likes.
-            self.linger(connection)
+        self.lingering.pop(connection.transport, None)
+        self._slow.pop(connection, None)
+        self.leave(connection.user_id)
         self._ended.set()
 
     def _forget(self, connection: Connection, code: int) -> bool:
@@ -280,10 +317,23 @@ class Hub:
         for transport in tuple(self.lingering):
             transport.abort()
         self.lingering.clear()
+        for action in self.actions:
+            action.cancel()
+        if self.actions:
+            await asyncio.wait(self.actions)
 
 
-def _merge(lists: list[list[Stored]]) -> list[Stored]:
-    """Several channels' events in the order of their offsets."""
-    if len(lists) == 1:
-        return lists[0]
-    return sorted((stored for events in lists for stored in events), key=lambda stored: stored.offset)
+def _mark(lists: list[tuple[set[Connection], list[Stored]]]) -> dict[Connection, list[list[Stored]]]:
+    """Note at each connection what it is to get (`busy`); returns those that get from several channels, with all."""
+    several: dict[Connection, list[list[Stored]]] = {}
+    for listed, events in lists:
+        for connection in listed:
+            if connection.busy is None:
+                connection.busy = events
+            elif connection in several:
+                several[connection].append(events)
+            else:
+                several[connection] = [connection.busy, events]
+    for connection in several:
+        connection.busy = None
+    return several

@@ -48,8 +48,7 @@ def ponged(connection: Connection) -> None:
 
 def malformed(hub: Hub, connection: Connection, now: float) -> bool:
     """Count a malformed frame; whether it was one too many within a minute."""
-    recent = [at for at in connection.malformed if at > now - _MALFORMED_WINDOW]
-    recent.append(now)
+    recent = (*(at for at in connection.malformed if at > now - _MALFORMED_WINDOW), now)
     connection.malformed = recent
     return len(recent) >= hub.settings.malformed_per_minute
 

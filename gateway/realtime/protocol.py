@@ -33,11 +33,13 @@ _POSITION = re.compile(r"([a-z0-9]{1,32}):([0-9]{1,19})")
 class CloseCode(IntEnum):
     """Why a connection ends. 4000-4499: come back, with `since`; 4500-4999: do not."""
 
-    # RFC 6455, section 7.4.1; the last two are never sent.
+    # RFC 6455, section 7.4.1; 1005 and 1006 are never sent.
     NORMAL = 1000
     GOING_AWAY = 1001
+    PROTOCOL_ERROR = 1002
     NO_STATUS = 1005
     LOST = 1006
+    BAD_DATA = 1007
     DRAINING = 4001
     EXPIRED = 4005
     TOO_SLOW = 4008

@@ -68,8 +68,7 @@ def _is_void(connection: Connection, standing: authorization.Standing, api_token
 
 async def _recheck_channels(hub: Hub, sql: database.Connection, connection: Connection, *, is_admin: bool) -> None:
     connection.identity = replace(connection.identity, is_admin=is_admin)
-    channels = tuple(connection.channels)
-    lost = await authorization.refusals(sql, connection.identity, channels, connection.narrowed)
+    lost = await authorization.refusals(sql, connection.identity, connection.channels, connection.narrowed)
     # What it left meanwhile, of its own will, is no loss.
     if any(channel in connection.channels for channel in lost):
         log.info("permission withdrawn", user_id=connection.user_id, connection_id=connection.id, channels=list(lost))

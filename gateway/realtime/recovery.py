@@ -41,23 +41,33 @@ class _Start:
     replay: Replay | None = None
 
 
-async def begin(hub: Hub, history: History, archive: Archive, connection: Connection, since: str | None) -> None:
+def connect(hub: Hub, history: History, connection: Connection) -> None:
+    """Send `connected` and let live events flow: nothing was missed. The connection must have been added to the hub."""
+    _greet(hub, connection, _Start(history.position, recovered=True))
+    hub.attach(connection)
+
+
+async def resume(hub: Hub, history: History, archive: Archive, connection: Connection, since: str) -> None:
     """Send `connected`, then all that the connection's channels had after `since`, then let live events flow.
 
     The connection must have been added to the hub, with its channels.
     """
     async with _started(hub, history, archive, since) as start:
-        interval = float(hub.settings.ping_interval)
-        data = {
-            "connection_id": connection.id,
-            "position": str(start.position),
-            "channels": list(connection.channels),
-            "ping_interval": int(interval) if interval.is_integer() else interval,
-            "expires_at": protocol.timestamp(connection.expires_at),
-            "recovered": start.recovered,
-        }
-        hub.send(connection, protocol.control("connected", connection.own_channel, data))
+        _greet(hub, connection, start)
         await _catch_up(hub, history, connection, start.position.offset, start.replay)
+
+
+def _greet(hub: Hub, connection: Connection, start: _Start) -> None:
+    interval = float(hub.settings.ping_interval)
+    data = {
+        "connection_id": connection.id,
+        "position": str(start.position),
+        "channels": connection.channels,
+        "ping_interval": int(interval) if interval.is_integer() else interval,
+        "expires_at": protocol.timestamp(connection.expires_at),
+        "recovered": start.recovered,
+    }
+    hub.send(connection, protocol.control("connected", connection.own_channel, data))
 
 
 async def subscribe(
@@ -117,7 +127,7 @@ async def _started(hub: Hub, history: History, archive: Archive, since: str | No
 async def _catch_up(
     hub: Hub, history: History, connection: Connection, offset: int, replay: Replay | None = None
 ) -> None:
-    if await _replay(hub, history, connection, tuple(connection.channels), offset, replay) is not None:
+    if await _replay(hub, history, connection, connection.channels, offset, replay) is not None:
         hub.attach(connection)
 
 
@@ -133,7 +143,7 @@ async def _replay(
 ) -> int | None:
     """Write what the channels had after `offset`; how many events that were, or None when the connection has ended.
 
-    After the last piece it returns without giving way to anything else.
+    It returns when the transport has room. After the last piece it returns without giving way to anything else.
     """
     epoch, sent, next_offset = history.epoch, 0, offset
     try:
@@ -152,9 +162,10 @@ async def _replay(
             chunk, more = history.after(channels, next_offset, _CHUNK, until.offset if until else None)
             hub.replay(connection, chunk)
             sent += len(chunk)
-            if more is None:
+            if more is None and not connection.paused:
                 return sent
-            next_offset = more
+            # Nobody is attached whose transport is full: what comes live meanwhile is read from here, too.
+            next_offset = chunk[-1].offset if chunk else next_offset
             await _until_read(connection)
     except HistoryLost:
         # Overtaken by what is dropped: the log may have it still.

@@ -1,89 +1,112 @@
-"""The seam to aiohttp: it makes the handshake and parses what clients send; all writing and closing is ours.
+"""The seam to aiohttp: it routes and answers the handshake; then the transport is taken from it, and it forgets it.
 
-aiohttp's own `close` waits without bound on a stuck peer, and a send cancelled in its drain poisons the connection, so
-neither is ever used: frames go to the transport, and the hub's sweep aborts what does not end.
+Of aiohttp only what has no underscore is used: the request's protocol is told by its own `connection_lost` that the
+connection is over, so that it cancels its timers and leaves the server's list. Nothing of it stays but the transport.
+`tests/integration/realtime/test_upgrade.py` holds this for the version that is installed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import binascii
+from base64 import b64decode, b64encode
+from hashlib import sha1
 
-from aiohttp import WebSocketError, WSMessage, WSMsgType, web
+from aiohttp import HttpVersion11, web
 
 from gateway.problems import Problem
-from gateway.realtime.protocol import SUBPROTOCOL, CloseCode
+from gateway.realtime.protocol import SUBPROTOCOL
 
-# RFC 6455, section 7.4.1.
-_MESSAGE_TOO_BIG = 1009
-
-
-class FrameError(Exception):
-    """What the client sent is no WebSocket frame that we take; nothing more can be read. `code` is to be sent."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"unreadable frame, closing with {code}")
-        self.code = code
+# RFC 6455, section 1.3.
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_VERSION = "13"
 
 
-class Upgrade(web.WebSocketResponse):
-    """The answer to a handshake, then the client's frames."""
-
-    def __init__(self, *, frame_bytes: int) -> None:
-        super().__init__(
-            protocols=(SUBPROTOCOL,),
-            # compress=True costs 105 KiB a connection.
-            compress=False,
-            autoping=False,
-            autoclose=False,
-            # aiohttp refuses a frame of this size; ours is the largest that is taken.
-            max_msg_size=frame_bytes + 1,
-            # orjson reads bytes, and refuses wrong UTF-8 itself.
-            decode_text=False,
-        )
-
-    async def next_message(self) -> WSMessage | None:
-        """The next text, binary, ping, pong or close frame; None when the connection is lost. Raises FrameError."""
-        message = await self.receive()
-        if message.type is WSMsgType.ERROR:
-            if not isinstance(message.data, WebSocketError):
-                return None
-            code = message.data.code
-            raise FrameError(CloseCode.BAD_REQUEST if code == _MESSAGE_TOO_BIG else code)
-        return None if message.type in (WSMsgType.CLOSED, WSMsgType.CLOSING) else message
-
-    async def drained(self) -> None:
-        """Return once the transport's buffer has room again or the connection is lost."""
-        try:
-            if self._payload_writer is not None:
-                await self._payload_writer.drain()
-        except ConnectionError:
-            # Lost: the caller looks at the transport, as it does anyway.
-            return
-
-    async def close(self, *, code: int = 1000, message: bytes = b"", drain: bool = True) -> bool:
-        """Do nothing: aiohttp calls this on whatever ends the reading, and the hub closes."""
-        return False
+class Answer(web.StreamResponse):
+    """The answer to a handshake. aiohttp must end nothing after it: the connection goes on without aiohttp."""
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """Do nothing: aiohttp calls this after the handler, and closes the transport by itself then."""
-        self._eof_sent = True
+        """Do nothing: aiohttp calls this after the handler."""
 
 
-async def accept(request: web.Request, *, frame_bytes: int) -> tuple[Upgrade, asyncio.Transport]:
-    """Answer the handshake with 101. Raises Problem when it is none, ConnectionError when the client has gone."""
-    upgrade = Upgrade(frame_bytes=frame_bytes)
-    await upgrade.prepare(request)
-    transport = request.transport
-    if transport is None:
-        raise ConnectionResetError("the client has gone during the handshake")
-    return upgrade, transport
+class _Early:
+    """What aiohttp hands over of the bytes that came behind the handshake, in the way it feeds its own parser."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        self.data += data
+        return False, b""
+
+    def feed_eof(self) -> None:
+        """There is nobody to tell: the transport's next owner hears of it itself."""
 
 
 def require_handshake(request: web.Request) -> None:
-    """Raise Problem (400) unless this is a WebSocket handshake that `accept` will take."""
-    offered = request.headers.get("Sec-WebSocket-Protocol")
-    # aiohttp logs the subprotocols of which it selects none: a token may be among them.
-    if offered is not None and SUBPROTOCOL not in [name.strip() for name in offered.split(",")]:
+    """Raise Problem (400) unless this is a WebSocket handshake that `accept` will take (RFC 6455, section 4.2.1)."""
+    headers = request.headers
+    offered = headers.get("Sec-WebSocket-Protocol")
+    # A token may be among the subprotocols: it must not be the one that is selected, and so sent back.
+    if offered is not None and SUBPROTOCOL not in _names(offered):
         raise Problem(400, f"The subprotocols offered must begin with {SUBPROTOCOL}.")
-    if not web.WebSocketResponse(protocols=(SUBPROTOCOL,), compress=False).can_prepare(request):
-        raise Problem(400, "This address takes WebSocket handshakes (RFC 6455, version 13) only.")
+    if (
+        request.version < HttpVersion11
+        or headers.get("Upgrade", "").strip().lower() != "websocket"
+        or "upgrade" not in _names(headers.get("Connection", "").lower())
+        or headers.get("Sec-WebSocket-Version", "").strip() != _VERSION
+        or not _is_key(headers.get("Sec-WebSocket-Key", ""))
+        or request.body_exists
+    ):
+        raise Problem(
+            400,
+            f"This address takes WebSocket handshakes (RFC 6455, version {_VERSION}) only.",
+            headers={"Sec-WebSocket-Version": _VERSION},
+        )
+
+
+async def accept(request: web.Request) -> Answer:
+    """Answer a handshake that `require_handshake` has passed with 101. Raises ConnectionError when the client has gone.
+
+    Call `take_over` next, in the same turn of the loop.
+    """
+    key = request.headers["Sec-WebSocket-Key"].strip().encode()
+    answer = Answer(
+        status=101,
+        headers={
+            "Upgrade": "websocket",
+            "Connection": "upgrade",
+            "Sec-WebSocket-Accept": b64encode(sha1(key + _GUID, usedforsecurity=False).digest()).decode(),
+        },
+    )
+    if "Sec-WebSocket-Protocol" in request.headers:
+        answer.headers["Sec-WebSocket-Protocol"] = SUBPROTOCOL
+    await answer.prepare(request)
+    return answer
+
+
+def take_over(request: web.Request) -> tuple[asyncio.Transport, bytes]:
+    """Take the transport from aiohttp; set another protocol at once. Also the bytes that came behind the handshake.
+
+    Raises ConnectionError when the client has gone.
+    """
+    theirs, early = request.protocol, _Early()
+    transport = theirs.transport
+    if transport is None or transport.is_closing():
+        raise ConnectionResetError("the client has gone during the handshake")
+    theirs.set_parser(early)  # type: ignore[arg-type]
+    # Without the transport, which it would close.
+    theirs.transport = None
+    theirs.connection_lost(None)
+    return transport, early.data
+
+
+def _names(header: str) -> list[str]:
+    return [name.strip() for name in header.split(",")]
+
+
+def _is_key(key: str) -> bool:
+    try:
+        return len(b64decode(key.strip(), validate=True)) == 16
+    except (binascii.Error, ValueError):
+        return False

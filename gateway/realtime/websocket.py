@@ -1,22 +1,21 @@
-"""`GET /ws`: the checks before the handshake, and the reading of one connection after it."""
+"""`GET /ws`: the checks before the handshake, and the handing over of the connection after it."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import structlog
-from aiohttp import WSMessage, WSMsgType, web
+from aiohttp import web
 
 from auth.errors import Forbidden, Unauthenticated
 from auth.permissions import Identity, Scope, has_scope
-from auth.tokens import ShortGrant
 from gateway.context import CONTEXT, Context
 from gateway.problems import Problem
-from gateway.realtime import actions, authorization, liveness, protocol, recovery, upgrade
+from gateway.realtime import authorization, liveness, protocol, recovery, upgrade
 from gateway.realtime.connection import Connection
 from gateway.realtime.protocol import CloseCode
+from gateway.realtime.stream import Stream
 from orchestrator.events import user_channel
 
 log = structlog.get_logger("gateway.websocket")
@@ -24,21 +23,10 @@ log = structlog.get_logger("gateway.websocket")
 # Seconds.
 _RETRY_DRAINING = "1"
 _RETRY_LIMIT = "10"
-# Seconds that a client whose frames cannot be read any more gets to take the close frame.
-_LAST_WORD = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """A handshake that may be answered: who, until when, and which channels from the start."""
-
-    grant: ShortGrant
-    channels: tuple[str, ...]
-    valid_from: float
 
 
 async def handle(request: web.Request) -> web.StreamResponse:
-    """Serve one connection, from the handshake to its end.
+    """Answer a handshake; the connection goes on without this handler.
 
     Raises Problem, auth.errors or what is in `orchestrator.database.UNAVAILABLE` on a handshake that is refused.
     """
@@ -71,10 +59,40 @@ async def handle(request: web.Request) -> web.StreamResponse:
             headers={"Retry-After": _RETRY_LIMIT},
         )
     try:
-        admission = Admission(grant, channels, standing.valid_from)
-        return await _serve(request, context, admission, generation)
-    finally:
+        answer = await upgrade.accept(request)
+        transport, early = upgrade.take_over(request)
+    except ConnectionError:
         hub.leave(user_id)
+        raise Problem(400, "The connection was lost during the handshake.") from None
+    except BaseException:
+        hub.leave(user_id)
+        raise
+    connection = Connection(
+        transport=transport,
+        identity=grant.identity,
+        narrowed=grant.channels,
+        expires_at=grant.expires_at,
+        valid_from=standing.valid_from,
+        batch=request.query.get("batch") == "1",
+        channels=channels,
+    )
+    stream = Stream(context, connection)
+    transport.set_protocol(stream)
+    hub.add(connection)
+    if hub.draining:
+        hub.close(connection, CloseCode.DRAINING)
+    if hub.generation != generation:
+        # Whatever has changed since the permissions were read was told before this connection could be found.
+        hub.recheck(user_id)
+    liveness.start(hub, connection, asyncio.get_running_loop().time())
+    since = request.query.get("since")
+    if since is None:
+        recovery.connect(hub, context.history, connection)
+    else:
+        stream.begin(recovery.resume(hub, context.history, context.archive, connection, since))
+    if early:
+        stream.data_received(early)
+    return answer
 
 
 def _require_service(context: Context) -> None:
@@ -121,81 +139,3 @@ def _channels(request: web.Request, identity: Identity, most: int) -> tuple[str,
     if len(channels) > most:
         raise Problem(403, f"One connection may have {most} channels, not {len(channels)}.")
     return channels
-
-
-async def _serve(request: web.Request, context: Context, admission: Admission, generation: int) -> web.StreamResponse:
-    hub, loop = context.hub, asyncio.get_running_loop()
-    grant = admission.grant
-    socket, transport = await upgrade.accept(request, frame_bytes=hub.settings.frame_bytes)
-    connection = Connection(
-        transport=transport,
-        drained=socket.drained,
-        identity=grant.identity,
-        narrowed=grant.channels,
-        expires_at=grant.expires_at,
-        valid_from=admission.valid_from,
-        batch=request.query.get("batch") == "1",
-        channels=dict.fromkeys(admission.channels),
-    )
-    hub.add(connection)
-    try:
-        if hub.draining:
-            hub.close(connection, CloseCode.DRAINING)
-        if hub.generation != generation:
-            # Whatever has changed since the permissions were read was told before this connection could be found.
-            hub.recheck(connection.user_id)
-        liveness.start(hub, connection, loop.time())
-        connection.handling = True
-        await recovery.begin(hub, context.history, context.archive, connection, request.query.get("since"))
-        connection.handling = False
-        await _read(socket, context, connection)
-    except upgrade.FrameError as error:
-        hub.close(connection, error.code)
-        await _last_word(request)
-    except Exception:
-        # Nobody outside may answer this by HTTP any more. The client comes back, and loses nothing.
-        log.exception("a connection failed", connection_id=connection.id, user_id=connection.user_id)
-        hub.close(connection, CloseCode.RECONNECT)
-    finally:
-        hub.end(connection)
-    return socket
-
-
-async def _read(socket: upgrade.Upgrade, context: Context, connection: Connection) -> None:
-    """Handle what the client sends until it closes or is lost. Raises FrameError."""
-    hub = context.hub
-    while (message := await socket.next_message()) is not None:
-        if message.type is WSMsgType.CLOSE:
-            _answer_close(context, connection, message)
-            return
-        if connection.closed is not None:
-            # Only its close frame is waited for.
-            continue
-        if message.type is WSMsgType.TEXT:
-            connection.handling = True
-            await actions.handle(context, connection, message.data)
-            connection.handling = False
-        elif message.type is WSMsgType.PING:
-            hub.send(connection, protocol.pong_frame(message.data))
-        elif message.type is WSMsgType.PONG:
-            liveness.ponged(connection)
-        else:
-            hub.close(connection, CloseCode.BAD_REQUEST)
-
-
-def _answer_close(context: Context, connection: Connection, message: WSMessage) -> None:
-    """End the closing handshake that the client has begun, or that we have."""
-    if connection.closed is None:
-        # Codes are the client's to choose; only these are told apart, so that it cannot fill our counters.
-        code = message.data if message.data in (CloseCode.NORMAL, CloseCode.GOING_AWAY) else CloseCode.NO_STATUS
-        if not connection.transport.is_closing():
-            connection.transport.write(protocol.close_frame(CloseCode.NORMAL))
-        context.hub.drop(connection, code)
-
-
-async def _last_word(request: web.Request) -> None:
-    """Leave the connection open a moment: closing it over unread bytes would reset it, and the close frame be lost."""
-    deadline = asyncio.get_running_loop().time() + _LAST_WORD
-    # aiohttp has no event for the loss of a connection whose frames it cannot read.
-    while request.transport is not None and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(0.02)

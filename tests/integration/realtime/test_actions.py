@@ -146,10 +146,10 @@ async def test_garbage_on_the_socket_ends_that_connection_only(stage: Stage, nam
     assert (await other.receive())["event_type"] == "pong"
 
 
-async def test_text_that_is_no_utf_8_is_malformed(stage: Stage) -> None:
+async def test_text_that_is_no_utf_8_closes_1007(stage: Stage) -> None:
     client = await connected(stage)
     await client.socket.send_frame(b'{"action":"ping","id":"\xff"}', aiohttp.WSMsgType.TEXT)
-    assert (await client.receive())["data"]["code"] == "malformed"
+    assert await client.closed() == 1007
 
 
 async def test_a_websocket_ping_is_answered_with_its_payload(stage: Stage) -> None:

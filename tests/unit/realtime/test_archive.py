@@ -47,7 +47,7 @@ class Stage:
     async def begin(self, *channels: str, since: int, **fields: object):
         one = connection(*channels, **fields)
         self.hub.add(one)
-        await recovery.begin(self.hub, self.history, self.archive, one, f"{self.log.epoch}:{since}")
+        await recovery.resume(self.hub, self.history, self.archive, one, f"{self.log.epoch}:{since}")
         return one
 
 
@@ -179,7 +179,7 @@ async def test_one_channel_is_replayed_from_the_log_before_its_answer() -> None:
     await stage.fill(3_000)
     one = connection("session:0")
     stage.hub.add(one)
-    await recovery.begin(stage.hub, stage.history, stage.archive, one, None)
+    recovery.connect(stage.hub, stage.history, one)
     action = Subscribe("session:1", f"{stage.log.epoch}:500", "q")
     await recovery.subscribe(stage.hub, stage.history, stage.archive, one, action)
     await stage.fill(2)

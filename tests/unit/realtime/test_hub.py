@@ -9,7 +9,7 @@ from gateway.realtime.connection import Connection
 from gateway.realtime.history import History
 from gateway.realtime.hub import Hub
 from gateway.realtime.protocol import CloseCode
-from tests.unit.realtime.wire import SETTINGS, connection, entry, wire_of
+from tests.unit.realtime.wire import SETTINGS, connection, entry, join, wire_of
 
 
 class Stage:
@@ -20,8 +20,7 @@ class Stage:
         self.history = History("e", 600, 64 << 20)
 
     def join(self, *channels: str, **fields: object) -> Connection:
-        one = connection(*channels, **fields)
-        self.hub.add(one)
+        one = join(self.hub, connection(*channels, **fields))
         self.hub.attach(one)
         return one
 
@@ -67,7 +66,7 @@ async def test_channels_that_are_busy_in_one_turn_are_merged_by_offset() -> None
     assert wire_of(both[0]).written[0] is wire_of(both[1]).written[0]
     assert wire_of(first).offsets == [3, 6, 9, 12]
     assert wire_of(second).offsets == [1, 4, 7, 10]
-    assert all(one.busy == () for one in stage.hub.connections.values())
+    assert all(one.busy is None for one in stage.hub.connections.values())
     assert stage.hub.deliveries == 12 + 8 * 2 + 4 + 4
 
 
@@ -149,10 +148,31 @@ async def test_one_event_larger_than_the_limit_drops_nobody_who_reads() -> None:
     wire_of(one).reads = False
     stage.publish(1, text="x" * 5_000)
     await turn()
-    assert not wire_of(one).aborted
-    stage.publish(2)
+    stage.join("session:2")
+    stage.publish(2, "session:2")
     await turn()
+    assert not wire_of(one).aborted
+    wire_of(one).read_all()
+    stage.publish(3, text="x" * 5_000)
+    await turn()
+    assert not wire_of(one).aborted
+    stage.hub.send(one, b"x")
     assert wire_of(one).aborted
+
+
+async def test_many_slow_clients_are_dropped_and_one_that_closes_meanwhile_is_left_alone() -> None:
+    stage = Stage(unsent_bytes=1_000)
+    ones = [stage.join("session:1") for _ in range(5)]
+    for one in ones[:4]:
+        wire_of(one).reads = False
+    stage.publish(1, text="x" * 600)
+    await turn()
+    stage.hub.close(ones[0], CloseCode.RECONNECT)
+    stage.publish(2, text="x" * 600)
+    await turn()
+    assert [wire_of(one).aborted for one in ones] == [False, True, True, True, False]
+    assert stage.hub.closes == {4011: 1, 4008: 3}
+    assert stage.hub._slow == {}
 
 
 async def test_much_at_once_is_written_before_the_turn_ends() -> None:
@@ -165,30 +185,10 @@ async def test_much_at_once_is_written_before_the_turn_ends() -> None:
     assert wire_of(one).offsets == list(range(1, 11))
 
 
-async def test_a_connection_may_close_any_other_from_within_a_write() -> None:
-    stage = Stage()
-    ones = [stage.join("session:1", "session:2") for _ in range(5)]
-
-    def close_all() -> None:
-        for one in ones:
-            one.transport.on_write = lambda: None
-        stage.hub.close_all(CloseCode.RECONNECT)
-
-    for one in ones:
-        wire_of(one).on_write = close_all
-    stage.publish(1)
-    await turn()
-    assert sum(wire_of(one).offsets == [1] for one in ones) == 1
-    assert [wire_of(one).close_code for one in ones] == [4011] * 5
-    assert stage.hub._subscribers == {}
-
-
-async def test_a_lost_transport_is_passed_over() -> None:
+async def test_nothing_is_said_to_a_lost_transport() -> None:
     stage = Stage()
     one = stage.join("session:1")
     wire_of(one).closing = True
-    stage.publish(1)
-    await turn()
     stage.hub.send(one, b"x")
     stage.hub.replay(one, [])
     stage.hub.close(one, CloseCode.RECONNECT)
@@ -214,13 +214,22 @@ async def test_the_first_end_of_a_connection_counts_and_nothing_is_written_after
     assert stage.hub.lingering == {}
 
 
-async def test_unsent_bytes_at_the_end_are_given_a_deadline() -> None:
-    stage = Stage()
-    one = stage.join("session:1")
-    wire_of(one).unsent = 5
-    stage.hub.end(one)
-    assert stage.hub.closes == {1006: 1}
-    assert list(stage.hub.lingering) == [one.transport]
+async def test_a_replay_that_fills_the_transport_is_no_slow_client_and_a_live_one_is() -> None:
+    stage = Stage(unsent_bytes=200_000)
+    one = join(stage.hub, connection("session:1"))
+    wire_of(one).reads = False
+    replayed = stage.history.append(entry(1, text="x" * 150_000), 0)
+    stage.hub.replay(one, [replayed])
+    assert one.paused
+    wire_of(one).read_all()
+    assert not one.paused
+    stage.hub.attach(one)
+    stage.publish(2, text="x" * 150_000)
+    await turn()
+    assert not one.paused
+    stage.publish(3, text="x" * 150_000)
+    await turn()
+    assert wire_of(one).aborted
 
 
 async def test_answers_that_pile_up_unread_end_the_connection_too() -> None:

@@ -9,14 +9,13 @@ from gateway.realtime import liveness
 from gateway.realtime.connection import Connection
 from gateway.realtime.hub import Hub
 from gateway.realtime.protocol import CloseCode
-from tests.unit.realtime.wire import SETTINGS, connection, wire_of
+from tests.unit.realtime.wire import SETTINGS, connection, join, wire_of
 
 WALL = 1_700_000_000.0
 
 
 async def joined(hub: Hub, now: float = 1000.0, **fields: object) -> Connection:
-    one = connection("user:7", **fields)
-    hub.add(one)
+    one = join(hub, connection("user:7", **fields))
     hub.attach(one)
     liveness.start(hub, one, now)
     return one

@@ -11,7 +11,7 @@ from gateway.realtime.history import History
 from gateway.realtime.hub import Hub
 from gateway.realtime.protocol import CloseCode, Subscribe
 from orchestrator.eventlog.memory import MemoryLog
-from tests.unit.realtime.wire import SETTINGS, connection, entry, wire_of
+from tests.unit.realtime.wire import SETTINGS, connection, entry, join, wire_of
 
 ALL = ("user:7", "session:1", "session:2")
 
@@ -34,8 +34,11 @@ class Stage:
 
     async def begin(self, *channels: str, since: str | None = None, **fields: Any):
         one = connection(*channels, **fields)
-        self.hub.add(one)
-        await recovery.begin(self.hub, self.history, self.archive, one, since)
+        join(self.hub, one)
+        if since is None:
+            recovery.connect(self.hub, self.history, one)
+        else:
+            await recovery.resume(self.hub, self.history, self.archive, one, since)
         return one
 
     async def subscribe(self, one, channel: str, since: str | None = None) -> None:

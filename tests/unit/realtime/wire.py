@@ -9,6 +9,7 @@ import orjson
 
 from auth.permissions import Identity
 from gateway.realtime.connection import Connection
+from gateway.realtime.hub import Hub
 from gateway.settings import RealtimeSettings
 from orchestrator.eventlog.contract import Entry
 from orchestrator.events import Event
@@ -25,14 +26,37 @@ class Wire:
         self.reads = True
         self.aborted = False
         self.closing = False
+        self.limit = 64 << 10
         self.on_write: Callable[[], None] = lambda: None
+        # As a stream does it: told when more waits than the limit, until it waits no more.
+        self.on_pause: Callable[[], None] = lambda: None
+        self.on_resume: Callable[[], None] = lambda: None
+        self.on_abort: Callable[[], None] = lambda: None
+        self.paused = False
 
     def write(self, data: bytes) -> None:
         assert not self.aborted, "written after the abort"
         self.written.append(data)
         if not self.reads:
             self.unsent += len(data)
+        self._pause()
         self.on_write()
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        self.limit = high
+        self._pause()
+
+    def _pause(self) -> None:
+        if self.unsent > self.limit and not self.paused:
+            self.paused = True
+            self.on_pause()
+
+    def read_all(self) -> None:
+        """The peer reads what waits."""
+        self.unsent = 0
+        if self.paused:
+            self.paused = False
+            self.on_resume()
 
     def get_write_buffer_size(self) -> int:
         return self.unsent
@@ -42,6 +66,7 @@ class Wire:
 
     def abort(self) -> None:
         self.aborted = True
+        self.on_abort()
 
     @property
     def frames(self) -> list[tuple[int, bytes]]:
@@ -83,22 +108,41 @@ def frames(data: bytes):
     assert place == len(data)
 
 
-async def _at_once() -> None:
-    return
+class Paced(Connection):
+    """A connection whose client reads when the test lets it."""
+
+    __slots__ = ("drained",)
 
 
 def connection(*channels: str, user_id: int = 7, wire: Wire | None = None, **fields: Any) -> Connection:
     """A connection on a Wire, with channels, not added to any hub."""
-    return Connection(
+    drained = fields.pop("drained", None)
+    one = (Paced if drained else Connection)(
         transport=wire or Wire(),  # type: ignore[arg-type]
-        drained=fields.pop("drained", _at_once),
         identity=fields.pop("identity", Identity(user_id, f"{user_id}@example.org", is_admin=False)),
         narrowed=None,
         expires_at=fields.pop("expires_at", None),
         valid_from=0.0,
-        channels=dict.fromkeys(channels),
+        channels=channels,
         **fields,
     )
+    if drained:
+        one.drained = drained
+    return one
+
+
+def join(hub: Hub, one: Connection) -> Connection:
+    """Add the connection to the hub, and have its Wire tell of unsent bytes as a stream does."""
+    wire = wire_of(one)
+
+    def pause() -> None:
+        one.paused = True
+        hub.stalled(one)
+
+    wire.on_pause, wire.on_resume = pause, one.resume
+    hub.admit(one.user_id)
+    hub.add(one)
+    return one
 
 
 def wire_of(one: Connection) -> Wire:
