@@ -228,7 +228,11 @@ async def run(names: Sequence[str], servers: Sequence[str], rounds: int, seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.fanout", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.fanout",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=", ".join(SCENARIOS))
     parser.add_argument("--servers", default=",".join(KINDS), help=f"of {','.join(KINDS)} (default: all)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of each round (default: {SECONDS:g})")
@@ -237,7 +241,7 @@ def main() -> None:
     names, servers = given.scenarios or list(SCENARIOS), given.servers.split(",")
     if unknown := set(names) - set(SCENARIOS) | set(servers) - set(KINDS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    logs.configure(environment(None), at_least="warning")
+    logs.configure(environment(None), at_least="error")
     try:
         show(asyncio.run(run(names, servers, given.rounds, given.seconds)))
     except Missing as missing:

@@ -35,6 +35,7 @@ _HERE = Path(__file__).parent
 # Git ignores it: compiled programs, and what npm installs.
 CACHE = _HERE.parent.parent / "bench"
 _NCHAN = (Path("/usr/lib/nginx/modules/ngx_nchan_module.so"), Path("/usr/share/nginx/modules/ngx_nchan_module.so"))
+# What 10,000 connections take, and a process beside them.
 _FILES = 12_000
 # Handshakes under way at a time.
 _AT_ONCE = 64
@@ -57,6 +58,8 @@ class Kind:
     publishing: str = "frames"
     # Its first frame says that it is ready, not the 101.
     greets: bool = False
+    # It answers what its probe has seen (`control.Probe`); Node answers nothing, and collects its garbage before.
+    probed: bool = False
 
 
 def _no_compiler() -> str:
@@ -151,13 +154,13 @@ def _node(port: int, control: int, _: Path) -> list[str]:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("ours", "Cluster Code", lambda: "", _python("serve"), greets=True),
+        Kind("ours", "Cluster Code", lambda: "", _python("serve"), greets=True, probed=True),
         Kind("floor", "C floor", _no_compiler, _floor("plain")),
         Kind("joining", "joining C floor", _no_compiler, _floor("join")),
         Kind("nchan", "nginx + nchan", _no_nchan, _nginx, publishing="http"),
-        Kind("ws", "Node ws", _no_ws, _node),
-        Kind("websockets", "Python websockets", _no_websockets, _python("peers.websockets_broadcast")),
-        Kind("aiohttp", "aiohttp send_str", lambda: "", _python("peers.aiohttp_loop")),
+        Kind("ws", "Node ws", _no_ws, _node, probed=True),
+        Kind("websockets", "Python websockets", _no_websockets, _python("peers.websockets_broadcast"), probed=True),
+        Kind("aiohttp", "aiohttp send_str", lambda: "", _python("peers.aiohttp_loop"), probed=True),
     )
 }
 
@@ -217,8 +220,8 @@ class Running:
         return sum(process.memory_full_info().pss for process in self._processes())
 
     async def ask(self) -> dict[str, float]:
-        """What its probe has seen since it was last asked (`control.Probe`); Node only collects its garbage."""
-        if self.kind.publishing != "frames":
+        """What its probe has seen since it was last asked, by the names of `control.Probe`; empty without one."""
+        if not self.kind.probed:
             return {}
         reader, writer = await asyncio.open_connection("127.0.0.1", self.control)
         writer.write(b"\0\0\0\1S")
@@ -347,13 +350,12 @@ class Stage:
         ]
 
 
-async def open_all(browsers: Browsers, count: int) -> dict[str, Any]:
-    """Open so many connections, and let what they have stirred settle."""
+async def open_all(browsers: Browsers, count: int) -> None:
+    """Open so many connections more, and let what they have stirred settle."""
     figures = await browsers(f"open {count} {_AT_ONCE}")
     if figures["open"] < count:
         raise Missing(f"{figures['open']} of {count} connections were opened")
     await asyncio.sleep(0.5)
-    return figures
 
 
 async def _listening(port: int, child: subprocess.Popen[bytes]) -> None:
