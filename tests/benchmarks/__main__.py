@@ -1,12 +1,25 @@
 """`make bench`: everything that `docs/performance.md` speaks of, in one run. It reports, and never fails on a figure.
 
-python -m tests.benchmarks [rest] [events] [list] [idle]
+    python -m tests.benchmarks [KIND...]
+
+    fanout        deliveries per CPU-second, against floors in C, nginx + nchan, Node ws, websockets and aiohttp
+    connections   handshakes, memory of idle connections, the longest pause of the loop
+    rabbitmq      from basic.publish to the browser
+    rest          REST against a bare handler
+    events        from a request's answer to its first event, and recovery
+    idle          the embedded process at rest
+    list          the session list of a small table and of a large one
+
+The first three can be run in parts, with rounds of any length: see `--help` of `python -m tests.benchmarks.fanout`,
+`.connections` and `.broker`, for example
+
+    python -m tests.benchmarks.fanout one-at-a-time --servers ours,floor --seconds 2 --rounds 3
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,17 +27,21 @@ from rich.console import Console
 
 import migrations
 from orchestrator.database import connect
-from orchestrator.settings import DatabaseSettings
+from orchestrator.settings import DatabaseSettings, environment
+from scripts import logs
 from scripts.embedded import embedded_postgres
-from tests.benchmarks import events, rest, session_list
+from tests.benchmarks import broker, connections, events, fanout, rest, session_list
 from tests.benchmarks.report import Figure, show
+from tests.benchmarks.servers import Missing
 from tests.benchmarks.stage import cluster_code, fill, main_token, serve
 
-KINDS = ("rest", "events", "idle", "list")
+# What is measured on the embedded process, and all of it.
+EMBEDDED = ("rest", "events", "idle", "list")
+KINDS = ("fanout", "connections", "rabbitmq", *EMBEDDED)
 
 
 async def run(kinds: set[str]) -> list[Figure]:
-    """Measure the kinds asked for."""
+    """Measure those of the embedded process that are asked for."""
     figures: list[Figure] = []
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="cluster-code-bench-") as name:
@@ -70,11 +87,31 @@ async def _lists(url: str) -> list[Figure]:
         await connection.close()
 
 
+async def _measure(kinds: set[str]) -> list[Figure]:
+    figures: list[Figure] = []
+    for kind, run_all in (("fanout", fanout.run), ("connections", connections.run), ("rabbitmq", broker.run)):
+        if kind in kinds:
+            try:
+                figures += await run_all()
+            except Missing as missing:
+                figures.append(Figure(kind, "not measured", note=str(missing)))
+    if kinds & set(EMBEDDED):
+        figures += await run(kinds)
+    return figures
+
+
 def main() -> None:
-    kinds = set(sys.argv[1:]) or set(KINDS)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help="which (default: all)")
+    kinds = set(parser.parse_args().kinds) or set(KINDS)
     if unknown := kinds - set(KINDS):
-        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
-    show(asyncio.run(run(kinds)))
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    logs.configure(environment(None), at_least="error")
+    show(asyncio.run(_measure(kinds)))
 
 
 if __name__ == "__main__":

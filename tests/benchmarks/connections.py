@@ -13,19 +13,18 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from orchestrator.settings import environment
 from scripts import logs
-from tests.benchmarks.report import Figure, show, spread
+from tests.benchmarks.report import Figure, Progress, show, spread, table_of
 from tests.benchmarks.servers import KINDS, Missing, Stage, open_all, stage
 
 COUNT = 10_000
 ROUNDS = 3
 SERVERS = ("ours", "nchan", "ws", "aiohttp")
 # Opened before anything is measured: what a server makes once, it has made.
-_FIRST = 200
+_FIRST = 10
 # Connections closed, then opened, at a time.
 _STEP = 50
 _REST = 3.0
@@ -76,23 +75,23 @@ async def measure(on: Stage, name: str, count: int) -> Sample:
 
 
 async def rounds(
-    on: Stage, servers: Sequence[str], number: int, count: int, tell: Callable[[str], None] = lambda _: None
+    on: Stage, servers: Sequence[str], number: int, count: int, progress: Progress
 ) -> dict[str, list[Sample]]:
     """Passes over each server in turn. Servers that miss are told of."""
     samples: dict[str, list[Sample]] = {name: [] for name in servers}
     for place in range(number):
         for name in tuple(samples):
-            tell(f"connections: round {place + 1} of {number}, {name}")
+            progress.at(f"round {place + 1} of {number}, {name}")
             try:
                 samples[name].append(await measure(on, name, count))
             except Missing as missing:
-                tell(f"[yellow]{name} is left out:[/] {missing}")
+                progress.print(f"[yellow]{name} is left out:[/] {missing}")
                 del samples[name]
     return samples
 
 
 def figures(samples: dict[str, list[Sample]]) -> list[Figure]:
-    """What the issue asks."""
+    """What is wanted of the whole."""
     found = []
     ours = samples.get("ours", [])
     if ours:
@@ -135,9 +134,8 @@ def _others(samples: dict[str, list[Sample]], value: Callable[[Sample], float | 
 
 def table(samples: dict[str, list[Sample]]) -> Table:
     """All that was measured."""
-    found = Table(title="connections", title_justify="left")
-    for heading in ("server", "handshakes/CPU-s", "KiB idle", "pause ms", "CPU ms of it", "full gc", "longest gc ms"):
-        found.add_column(heading, justify="left" if heading == "server" else "right")
+    headings = ("server", "handshakes/CPU-s", "KiB idle", "pause ms", "CPU ms of it", "full gc", "longest gc ms")
+    found = table_of("connections", *headings)
     for name, kept in samples.items():
         if kept:
             probed = [sample for sample in kept if sample.pause is not None]
@@ -153,20 +151,12 @@ def table(samples: dict[str, list[Sample]]) -> Table:
     return found
 
 
-async def run(servers: Sequence[str], number: int, count: int) -> list[Figure]:
-    """Measure, print the table, and return what the issue asks for."""
-    console = Console(stderr=True, width=140)
+async def run(servers: Sequence[str] = SERVERS, number: int = ROUNDS, count: int = COUNT) -> list[Figure]:
+    """Measure, print the table, and return what is wanted. Raises Missing."""
     async with stage(count) as on:
-        with console.status("connections") as status:
-
-            def tell(line: str) -> None:
-                if line.startswith("["):
-                    console.print(line)
-                else:
-                    status.update(line)
-
-            samples = await rounds(on, servers, number, count, tell)
-    console.print(table(samples))
+        with Progress("connections") as progress:
+            samples = await rounds(on, servers, number, count, progress)
+            progress.print(table(samples))
     return figures(samples)
 
 

@@ -112,6 +112,11 @@ class Control(asyncio.Protocol):
         self._kept = data[at:]
 
 
+def publication(channel: bytes, body: bytes) -> bytes:
+    """What publishes a body."""
+    return _HEAD.pack(3 + len(channel) + len(body), b"P", len(channel)) + channel + body
+
+
 async def listen(port: int, publish: Publish) -> None:
     """Take such connections on 127.0.0.1:`port` until the process ends."""
     probe = Probe()

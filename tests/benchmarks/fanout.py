@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from orchestrator.settings import environment
 from scripts import logs
-from tests.benchmarks.report import Figure, show, spread
+from tests.benchmarks.report import Figure, Progress, show, spread, table_of
 from tests.benchmarks.servers import KINDS, Browsers, Missing, Running, Stage, open_all, stage
 
 ROUNDS = 5
@@ -97,28 +96,28 @@ async def measure(
     scenario: Scenario,
     servers: Sequence[str],
     *,
-    rounds: int = ROUNDS,
-    seconds: float = SECONDS,
-    tell: Callable[[str], None] = lambda _: None,
+    rounds: int,
+    seconds: float,
+    progress: Progress,
 ) -> dict[str, list[Sample]]:
     """Rounds of each server in turn; the first of each warms it up and is not kept. Servers that miss are told of."""
     samples: dict[str, list[Sample]] = {}
     async with AsyncExitStack() as stack:
         running: dict[str, tuple[Running, Browsers]] = {}
         for name in servers:
-            tell(f"{scenario.name}: opening {scenario.connections:,} connections to {name}")
+            progress.at(f"opening {scenario.connections:,} connections to {name}")
             try:
                 server = await stack.enter_async_context(on.serve(KINDS[name]))
                 browsers = await stack.enter_async_context(on.browsers(server, scenario.connections, own=scenario.own))
                 await open_all(browsers, scenario.connections)
             except Missing as missing:
-                tell(f"[yellow]{name} is left out:[/] {missing}")
+                progress.print(f"[yellow]{name} is left out:[/] {missing}")
                 continue
             running[name] = server, browsers
             samples[name] = []
         for number in range(rounds + 1):
             for name, (server, browsers) in running.items():
-                tell(f"{scenario.name}: round {number} of {rounds}, {name}")
+                progress.at(f"round {number} of {rounds}, {name}")
                 sample = await _round(server, browsers, scenario, seconds if number else min(1.0, seconds))
                 if number:
                     samples[name].append(sample)
@@ -157,7 +156,7 @@ def figures(scenario: Scenario, samples: dict[str, list[Sample]]) -> list[Figure
         if other in samples:
             found.append(Figure(name, spread(ratios(samples, other)), f">= {share:g}", _rates(samples, "ours", other)))
         else:
-            found.append(Figure(name, "-", f">= {share:g}", "not here"))
+            found.append(Figure(name, "-", f">= {share:g}", f"not here: {KINDS[other].missing()}"))
     if not scenario.wanted:
         p99 = [sample.p99 for sample in samples["ours"]]
         others = ", ".join(
@@ -177,19 +176,8 @@ def _rates(samples: dict[str, list[Sample]], *names: str) -> str:
 
 def table(scenario: Scenario, samples: dict[str, list[Sample]]) -> Table:
     """All that was measured of a scenario."""
-    found = Table(title=scenario.title, title_justify="left")
-    for heading in (
-        "server",
-        "1,000 deliveries/CPU-s",
-        "ours/it",
-        "p50 ms",
-        "p99 ms",
-        "longest",
-        "busy",
-        "load",
-        "lost",
-    ):
-        found.add_column(heading, justify="left" if heading == "server" else "right")
+    headings = ("server", "1,000 deliveries/CPU-s", "ours/it", "p50 ms", "p99 ms", "longest", "busy", "load", "lost")
+    found = table_of(scenario.title, *headings)
     for name, kept in samples.items():
         if kept:
             found.add_row(
@@ -206,23 +194,20 @@ def table(scenario: Scenario, samples: dict[str, list[Sample]]) -> Table:
     return found
 
 
-async def run(names: Sequence[str], servers: Sequence[str], rounds: int, seconds: float) -> list[Figure]:
-    """Measure these scenarios, printing a table of each, and return what the issue asks for."""
-    console = Console(stderr=True, width=140)
+async def run(
+    names: Sequence[str] = tuple(SCENARIOS),
+    servers: Sequence[str] = tuple(KINDS),
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
+) -> list[Figure]:
+    """Measure these scenarios, printing a table of each, and return what is wanted of them. Raises Missing."""
     found: list[Figure] = []
     async with stage(max(SCENARIOS[name].connections for name in names)) as on:
         for name in names:
             scenario = SCENARIOS[name]
-            with console.status(name) as status:
-
-                def tell(line: str, status: object = status) -> None:
-                    if line.startswith("["):
-                        console.print(line)
-                    else:
-                        status.update(line)  # type: ignore[attr-defined]
-
-                samples = await measure(on, scenario, servers, rounds=rounds, seconds=seconds, tell=tell)
-            console.print(table(scenario, samples))
+            with Progress(f"fanout, {name}") as progress:
+                samples = await measure(on, scenario, servers, rounds=rounds, seconds=seconds, progress=progress)
+                progress.print(table(scenario, samples))
             found += figures(scenario, samples)
     return found
 

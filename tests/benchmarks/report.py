@@ -20,14 +20,46 @@ class Figure:
     note: str = ""
 
 
+class Progress:
+    """Tells at a terminal what is being done, since a benchmark takes minutes; and prints tables above that."""
+
+    def __init__(self, title: str) -> None:
+        self._console = Console(stderr=True, width=140)
+        self._status = self._console.status(title)
+        self._title = title
+
+    def __enter__(self) -> Progress:
+        if not self._console.is_terminal:
+            self._console.print(f"{self._title} …")
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def at(self, what: str) -> None:
+        """What is being done now."""
+        self._status.update(f"{self._title}: {what}")
+
+    def print(self, what: str | Table) -> None:
+        """Something that stays."""
+        self._console.print(what)
+
+
 def show(figures: Sequence[Figure]) -> None:
     """Print the figures."""
-    table = Table(title="Cluster Code benchmarks (ratios of one run)", title_justify="left")
-    for heading in ("measure", "measured", "wanted", "how"):
-        table.add_column(heading, overflow="fold")
+    table = table_of("Cluster Code benchmarks (ratios of one run)", "measure", "measured", "wanted", "how")
     for figure in figures:
         table.add_row(figure.name, figure.value, figure.wanted, figure.note)
     Console(width=140).print(table)
+
+
+def table_of(title: str, *headings: str) -> Table:
+    """An empty table."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

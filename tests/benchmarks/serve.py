@@ -19,7 +19,7 @@ from gateway.settings import GatewaySettings, RealtimeSettings
 from orchestrator.database import open_pool
 from orchestrator.eventlog.contract import Entry, EventLog
 from orchestrator.events import Event
-from orchestrator.settings import DatabaseSettings, environment
+from orchestrator.settings import AmqpSettings, DatabaseSettings, environment, load
 from scripts import logs
 from tests.benchmarks import control
 from tests.benchmarks.stage import SECRET
@@ -88,8 +88,16 @@ async def _main() -> None:
 
 
 async def _open_log() -> tuple[EventLog, control.Publish]:
+    if os.environ.get("AMQP_URL"):
+        from orchestrator.eventlog.rabbitmq import RabbitLog
+
+        return await RabbitLog.open(load(AmqpSettings, environment(None)), name="bench"), _nothing
     fed = FedLog()
     return fed, fed.feed
+
+
+def _nothing(channel: str, body: bytes) -> None:
+    """RabbitMQ is published to, not this process."""
 
 
 if __name__ == "__main__":

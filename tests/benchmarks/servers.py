@@ -29,7 +29,7 @@ from auth.tokens import Tokens, TokenSettings
 from orchestrator.database import connect
 from orchestrator.settings import DatabaseSettings
 from scripts.embedded import embedded_postgres
-from tests.benchmarks.stage import SECRET, free_port
+from tests.benchmarks.stage import SECRET, free_port, on
 
 _HERE = Path(__file__).parent
 # Git ignores it: compiled programs, and what npm installs.
@@ -177,12 +177,6 @@ class Cores:
         """The first core is the server's. With one core only, there is nothing to share."""
         first, *rest = sorted(os.sched_getaffinity(0))
         return cls(frozenset({first}), frozenset(rest)) if rest else cls(frozenset(), frozenset())
-
-
-def on(cores: frozenset[int], argv: Sequence[str], *, death_signal: str = "KILL") -> list[str]:
-    """The command on these cores, ended by that signal when this process dies, even by -9."""
-    pinned = ["taskset", "-c", ",".join(map(str, sorted(cores)))] if cores else []
-    return ["setpriv", "--pdeathsig", death_signal, "--", *pinned, *argv]
 
 
 def raise_limits() -> None:
@@ -374,9 +368,18 @@ async def stage(users: int) -> AsyncIterator[Stage]:
     """Everything that the benchmarks of this module's servers stand on."""
     raise_limits()
     compiled("browsers")
-    cores = Cores.share()
+    everywhere, cores = os.sched_getaffinity(0), Cores.share()
     if cores.rest:
         os.sched_setaffinity(0, cores.rest)
+    try:
+        async with _database(users) as (folder, url, ids):
+            yield Stage(folder, url, ids, cores)
+    finally:
+        os.sched_setaffinity(0, everywhere)
+
+
+@asynccontextmanager
+async def _database(users: int) -> AsyncIterator[tuple[Path, str, list[int]]]:
     with tempfile.TemporaryDirectory(prefix="cluster-code-bench-") as name:
         folder = Path(name)
         async with embedded_postgres(folder / "database") as postgres:
@@ -384,7 +387,7 @@ async def stage(users: int) -> AsyncIterator[Stage]:
             await asyncio.to_thread(migrations.apply, url)
             connection = await connect(DatabaseSettings(url=url), name="bench")
             try:
-                yield Stage(folder, url, await _users(connection, users), cores)
+                yield folder, url, await _users(connection, users)
             finally:
                 await connection.close()
 

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,15 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
 
+def on(cores: frozenset[int], argv: Sequence[str], *, death_signal: str = "KILL") -> list[str]:
+    """The command on these cores (none: on any), ended by that signal when this process dies, even by -9.
+
+    The signal comes when the thread ends that starts it: let that be the main one.
+    """
+    pinned = ["taskset", "-c", ",".join(map(str, sorted(cores)))] if cores else []
+    return ["setpriv", "--pdeathsig", death_signal, "--", *pinned, *argv]
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:
@@ -54,7 +63,10 @@ def main_token(user_id: int) -> str:
 async def serve(argv: list[str], *, ready: str, port: int, env: dict[str, str] | None = None) -> AsyncIterator[Server]:
     """Run a server until its `ready` path answers 200; it is ended, politely, with the body."""
     child = subprocess.Popen(  # noqa: ASYNC220  Starting takes a millisecond.
-        argv, env=os.environ | (env or {}), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        on(frozenset(), argv, death_signal="TERM"),
+        env=os.environ | (env or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     try:
         async with aiohttp.ClientSession() as client, asyncio.timeout(60):
