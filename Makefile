@@ -29,7 +29,7 @@ check: .venv/test.stamp ## Format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: .venv/test.stamp ## Measure, as ratios to bare servers
+bench: .venv/bench.stamp ## Measure, as ratios to floors and peers (ARGS=fanout, …; ARGS=--help lists them)
 	@exec $(BIN)/python -m tests.benchmarks $(ARGS)
 
 clean: ## Remove .venv and caches; the data stays
@@ -37,7 +37,7 @@ clean: ## Remove .venv and caches; the data stays
 	rm -f .coverage .coverage.*
 	find . -name __pycache__ -not -path './data/*' -prune -exec rm -rf {} +
 
-# One stamp for what running needs, one for what testing needs beside it; both renewed when the dependencies change.
+# One stamp for what running needs, one for what testing needs beside it, one for benchmarks; renewed when the dependencies change.
 .venv/run.stamp: setup.cfg pyproject.toml | .venv/bin/python
 	@echo "Installing …"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable .
@@ -47,6 +47,11 @@ clean: ## Remove .venv and caches; the data stays
 	@echo "Installing, with what the tests need …"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[test]'
 	@touch $@ .venv/run.stamp
+
+.venv/bench.stamp: setup.cfg pyproject.toml | .venv/bin/python
+	@echo "Installing, with what the benchmarks compare to …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[test,bench]'
+	@touch $@ .venv/test.stamp .venv/run.stamp
 
 .venv/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or newer (apt install python3 python3-venv)." >&2; exit 2; }
