@@ -19,7 +19,9 @@ LATEST = 253402300799
 _ID = re.compile(r"[1-9][0-9]{0,18}")
 _LARGEST_ID = 2**63 - 1
 # How `Identity.token_id` begins for an API token.
-_API = "api:"
+API_PREFIX = "api:"
+# Characters of a `jti`. One that is longer, or cannot be stored, names no token that could be revoked.
+LONGEST_TOKEN_ID = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def parse_own(payload: Mapping[str, Any]) -> Claims:
         subject=subject,
         issued_at=_moment(payload, "iat"),
         expires_at=_moment(payload, "exp"),
-        token_id=payload["jti"],
+        token_id=_token_id(payload["jti"]),
         scopes=_scopes(payload),
         channels=_texts(payload, "channels"),
     )
@@ -73,7 +75,7 @@ def parse_outside(payload: Mapping[str, Any]) -> Claims:
         # Without one (RFC 7519 does not ask for it) nothing shows that it is newer than a withdrawal.
         issued_at=_moment(payload, "iat") if "iat" in payload else 0.0,
         expires_at=_moment(payload, "exp"),
-        token_id=str(payload.get("jti", "")),
+        token_id=token_id if _is_token_id(token_id := str(payload.get("jti", ""))) else "",
         scopes=named or None,
         channels=_texts(payload, "channels"),
     )
@@ -85,8 +87,10 @@ def parse_short(payload: Mapping[str, Any]) -> ShortClaims:
     main_jti = payload.get("main_jti", "")
     if not isinstance(main_jti, str):
         raise Unauthenticated("The token is malformed: its 'main_jti' is no text.")
-    api_token_id = main_jti.removeprefix(_API) if main_jti.startswith(_API) else None
-    if api_token_id is not None and not _is_id(api_token_id):
+    if main_jti and not _is_token_id(main_jti):
+        raise Unauthenticated("The token is malformed: its 'main_jti' names no token.")
+    by_api_token = main_jti.startswith(API_PREFIX)
+    if by_api_token and api_token_id(main_jti) is None:
         raise Unauthenticated("The token is malformed: its 'main_jti' is no API token.")
     try:
         jti = UUID(claims.token_id)
@@ -97,9 +101,25 @@ def parse_short(payload: Mapping[str, Any]) -> ShortClaims:
         jti=jti,
         main_jti=main_jti,
         main_exp=_moment(payload, "main_exp") if "main_exp" in payload else None,
-        api_token_id=int(api_token_id) if api_token_id is not None else None,
+        api_token_id=api_token_id(main_jti) if by_api_token else None,
         only=_texts(payload, "only") if "only" in payload else None,
     )
+
+
+def api_token_id(token_id: str) -> int | None:
+    """The number in the `Identity.token_id` of an API token; None when it is none."""
+    number = token_id.removeprefix(API_PREFIX)
+    return int(number) if token_id.startswith(API_PREFIX) and _is_id(number) else None
+
+
+def _token_id(jti: str) -> str:
+    if not _is_token_id(jti):
+        raise Unauthenticated("The token is malformed: its 'jti' names no token.")
+    return jti
+
+
+def _is_token_id(text: str) -> bool:
+    return 0 < len(text) <= LONGEST_TOKEN_ID and text.isprintable()
 
 
 def _is_id(text: str) -> bool:

@@ -70,6 +70,10 @@ class Action(StrEnum):
     USER_ADMIN_READ = "user.admin-read"
     USER_ADMIN_WRITE = "user.admin-write"
     CLUSTER_READ = "cluster.read"
+    BROADCAST_PRESENCE = "broadcast.presence"
+    CONNECTION_READ = "connection.read"
+    CONNECTION_CLOSE = "connection.close"
+    TOKEN_REVOKE = "token.revoke"  # noqa: S105  An action's name.
 
 
 TABLE: dict[Action, Rule] = {
@@ -86,6 +90,10 @@ TABLE: dict[Action, Rule] = {
     Action.USER_ADMIN_READ: Rule(None, Scope.ADMIN),
     Action.USER_ADMIN_WRITE: Rule(None, Scope.ADMIN),
     Action.CLUSTER_READ: Rule(None, Scope.ADMIN),
+    Action.BROADCAST_PRESENCE: Rule(None, Scope.ADMIN),
+    Action.CONNECTION_READ: Rule(None, Scope.ADMIN),
+    Action.CONNECTION_CLOSE: Rule(None, Scope.ADMIN),
+    Action.TOKEN_REVOKE: Rule(None, Scope.ADMIN),
 }
 
 

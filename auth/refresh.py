@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from dataclasses import dataclass
 from enum import Enum, auto
 from uuid import UUID, uuid4
 
@@ -39,13 +40,25 @@ _SENTENCES = {
 }
 
 
-async def open_family(connection: asyncpg.Connection, user_id: int, ttl: float) -> str:
-    """The first refresh token of a sign-in, good for `ttl` seconds."""
-    return await _insert(connection, uuid4(), user_id, ttl)
+@dataclass(frozen=True, slots=True)
+class Main:
+    """The main token that is issued together with a refresh token."""
+
+    # Its `jti`.
+    token_id: str
+    # Unix seconds until which somebody may believe it.
+    expires_at: float
 
 
-async def rotate(connection: asyncpg.Connection, token: str, ttl: float) -> tuple[int, str]:
+async def open_family(connection: asyncpg.Connection, user_id: int, ttl: float, main: Main | None = None) -> str:
+    """The first refresh token of a sign-in, good for `ttl` seconds. `main` is issued with it, and revoked with it."""
+    return await _insert(connection, uuid4(), user_id, ttl, main)
+
+
+async def rotate(connection: asyncpg.Connection, token: str, ttl: float, main: Main | None = None) -> tuple[int, str]:
     """Spend the token. Returns `(user_id, next_token)`, the next one being good for `ttl` seconds from now.
+
+    `main` is issued with the next one, and revoked with it.
 
     Raises Unauthenticated, saying whether the token is unknown, expired, revoked or reused; a reuse revokes the family.
     That must last although an error is raised, so this makes its own transaction and commits before it raises:
@@ -54,14 +67,14 @@ async def rotate(connection: asyncpg.Connection, token: str, ttl: float) -> tupl
     if connection.is_in_transaction():
         raise RuntimeError("refresh.rotate commits by itself: call it outside of a transaction")
     async with connection.transaction():
-        outcome = await _rotate(connection, _digest(token), ttl)
+        outcome = await _rotate(connection, _digest(token), ttl, main)
     if isinstance(outcome, _Refusal):
         raise Unauthenticated(_SENTENCES[outcome])
     return outcome
 
 
 async def revoke(connection: asyncpg.Connection, token: str) -> int | None:
-    """Revoke the token's family: sign out. Returns whose it was; None for a token that is not known."""
+    """Revoke the token's family and its main tokens: sign out. Returns whose it was; None for one that is not known."""
     async with connection.transaction():
         found = await _lock_family(connection, _digest(token))
         if found is None:
@@ -69,6 +82,20 @@ async def revoke(connection: asyncpg.Connection, token: str) -> int | None:
         family, user_id, _ = found
         await _revoke_family(connection, family)
         return user_id
+
+
+async def revoke_sign_in(connection: asyncpg.Connection, user_id: int, main_token_id: str) -> bool:
+    """Revoke the family that the main token came from, and all its main tokens. False: it came from no sign-in.
+
+    Lock the user's row first (`SELECT FOR UPDATE`): no rotation slips through.
+    """
+    family = await connection.fetchval(
+        "SELECT family FROM refresh_tokens WHERE user_id = $1 AND main_token_id = $2", user_id, main_token_id
+    )
+    if family is None:
+        return False
+    await _revoke_family(connection, family)
+    return True
 
 
 async def revoke_all(connection: asyncpg.Connection, user_id: int) -> None:
@@ -87,7 +114,9 @@ async def purge(connection: asyncpg.Connection) -> int:
     return int(status.rpartition(" ")[2])
 
 
-async def _rotate(connection: asyncpg.Connection, digest: bytes, ttl: float) -> tuple[int, str] | _Refusal:
+async def _rotate(
+    connection: asyncpg.Connection, digest: bytes, ttl: float, main: Main | None = None
+) -> tuple[int, str] | _Refusal:
     found = await _lock_family(connection, digest)
     if found is None:
         return _Refusal.UNKNOWN
@@ -111,7 +140,7 @@ async def _rotate(connection: asyncpg.Connection, digest: bytes, ttl: float) -> 
     if is_disabled:
         return _Refusal.DISABLED
     await connection.execute("UPDATE refresh_tokens SET used_at = now() WHERE id = $1", row["id"])
-    return user_id, await _insert(connection, family, user_id, ttl)
+    return user_id, await _insert(connection, family, user_id, ttl, main)
 
 
 async def _lock_family(connection: asyncpg.Connection, digest: bytes) -> tuple[UUID, int, bool] | None:
@@ -133,19 +162,27 @@ async def _lock_family(connection: asyncpg.Connection, digest: bytes) -> tuple[U
 
 async def _revoke_family(connection: asyncpg.Connection, family: UUID) -> None:
     await connection.execute(
-        "UPDATE refresh_tokens SET revoked_at = now() WHERE family = $1 AND revoked_at IS NULL", family
+        """WITH revoked AS (
+               UPDATE refresh_tokens SET revoked_at = now() WHERE family = $1 AND revoked_at IS NULL)
+           INSERT INTO revoked_tokens (user_id, token_id, expires_at)
+           SELECT user_id, main_token_id, main_expires_at FROM refresh_tokens
+            WHERE family = $1 AND main_expires_at > now()
+           ON CONFLICT DO NOTHING""",
+        family,
     )
 
 
-async def _insert(connection: asyncpg.Connection, family: UUID, user_id: int, ttl: float) -> str:
+async def _insert(connection: asyncpg.Connection, family: UUID, user_id: int, ttl: float, main: Main | None) -> str:
     token = PREFIX + secrets.token_urlsafe(32)
     await connection.execute(
-        """INSERT INTO refresh_tokens (family, user_id, token_hash, expires_at)
-           VALUES ($1, $2, $3, now() + make_interval(secs => $4))""",
+        """INSERT INTO refresh_tokens (family, user_id, token_hash, expires_at, main_token_id, main_expires_at)
+           VALUES ($1, $2, $3, now() + make_interval(secs => $4), $5, to_timestamp($6))""",
         family,
         user_id,
         _digest(token),
         float(ttl),
+        main.token_id if main else None,
+        main.expires_at if main else None,
     )
     return token
 

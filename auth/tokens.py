@@ -18,6 +18,7 @@ from base64 import urlsafe_b64decode
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
+from uuid import UUID
 
 import asyncpg
 import jwt
@@ -27,7 +28,7 @@ from jwt.algorithms import HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from auth import accounts, api_tokens, refresh
 from auth.channels import check_patterns
-from auth.claims import LATEST, Claims, parse_outside, parse_own, parse_short
+from auth.claims import LATEST, Claims, ShortClaims, parse_outside, parse_own, parse_short
 from auth.errors import Unacceptable, Unauthenticated
 from auth.jwks import FetchJson, KeyCache
 from auth.permissions import Identity, Scope
@@ -41,6 +42,8 @@ log = structlog.get_logger("tokens")
 LONGEST_TOKEN = 8 << 10
 # What the outside issuer may sign with: nothing symmetric.
 _OUTSIDE_ALGORITHMS = ("RS256", "ES256", "EdDSA")
+# Seconds after its issue that a short token may open its stream of server-sent events again.
+STREAM_LIFE = 86400.0
 # Tokens whose signature need not be checked again: some 0.5 KiB each.
 _REMEMBERED = 4096
 _REFUSALS: tuple[tuple[type[jwt.PyJWTError], str], ...] = (
@@ -64,6 +67,8 @@ class ShortGrant:
     channels: tuple[str, ...] | None
     # Unix seconds at which the main token behind it ends; None: it never does.
     expires_at: float | None
+    # The short token's own id.
+    jti: UUID
 
 
 class _PreparedHmac(HMACAlgorithm):
@@ -109,11 +114,12 @@ class Tokens:
         scopes: Collection[str] | None = None,
         channels: Sequence[str] = (),
         expires_in: float | None = None,
+        token_id: str | None = None,
     ) -> str:
         """A main token, good for `expires_in` seconds (`access_ttl`). `scopes` None: all that the user may.
 
-        `channels` are patterns of foreign channels. Whether the bearer may have them is the caller's to
-        have checked. Raises Unacceptable(field=…) for wrong values.
+        `channels` are patterns of foreign channels. Whether the bearer may have them is the caller's to have checked.
+        `token_id` is its `jti` (see `announce_main`). Raises Unacceptable(field=…) for wrong values.
         """
         ttl = self._settings.access_ttl if expires_in is None else expires_in
         if not 0 < ttl < LATEST - time.time():
@@ -121,6 +127,8 @@ class Tokens:
                 "A token must live for more than 0 seconds, and end before the year 10000.", field="expires"
             )
         claims = self._claims(self._settings.audience, user_id, ttl)
+        if token_id is not None:
+            claims["jti"] = token_id
         if scopes is not None:
             if unknown := sorted(set(scopes) - set(Scope)):
                 raise Unacceptable(f"{unknown[0]!r} is no scope; the scopes are {', '.join(Scope)}.", field="scopes")
@@ -128,6 +136,10 @@ class Tokens:
         if channels:
             claims["channels"] = check_patterns(channels)
         return self._sign(claims)
+
+    def announce_main(self) -> refresh.Main:
+        """The id of a main token that is about to be issued for `access_ttl`, and the end of all belief in it."""
+        return refresh.Main(_new_id(), time.time() + self._settings.access_ttl + self._settings.leeway + 60)
 
     async def authenticate(self, connection: asyncpg.Connection, token: str) -> Identity:
         """Who sends the token. One query for a main token; more at the first of an outside user or use of an API token.
@@ -147,10 +159,13 @@ class Tokens:
             del self._verified[digest]
             raise Unauthenticated("The token has expired.")
         row = await connection.fetchrow(
-            """SELECT id, email, is_admin, is_disabled, tokens_valid_from <= to_timestamp($2) AS is_current
+            """SELECT id, email, is_admin, is_disabled,
+                      tokens_valid_from <= to_timestamp($2) AND NOT EXISTS (
+                          SELECT FROM revoked_tokens WHERE user_id = $1 AND token_id = $3) AS is_current
                  FROM users WHERE id = $1""",
             int(claims.subject),
             claims.issued_at,
+            claims.token_id,
         )
         return _identity(row, claims)
 
@@ -178,34 +193,69 @@ class Tokens:
 
         Raises Unauthenticated: missing, malformed, expired, used, or the account or the token behind it is gone.
         """
+        short = self._read_short(token)
+        _require_fresh(short)
+        row = await self._spend(connection, short, short.claims.expires_at, None)
+        if row is not None and not row["is_first_use"]:
+            raise Unauthenticated("The short token was used before: each opens one connection.")
+        return _grant(row, short)
+
+    async def redeem_stream(
+        self, connection: asyncpg.Connection, token: str, address: str, *, comes_back: bool
+    ) -> ShortGrant:
+        """Spend a short token on a stream of server-sent events, which its client may open again.
+
+        A browser comes back by itself, with the same URL. It may (`comes_back`: it says where it was) from the same
+        `address`, as long as the main token behind it is good, at most for STREAM_LIFE, until `end_stream`. Otherwise
+        as `redeem_short`; one that opened a WebSocket opens no stream, nor the other way round.
+        """
+        short = self._read_short(token, is_spent=comes_back)
+        last = short.claims.issued_at + STREAM_LIFE
+        if not comes_back:
+            _require_fresh(short)
+        elif last <= time.time():
+            raise Unauthenticated("The short token has opened its stream for too long: get a new one.")
+        row = await self._spend(connection, short, min(last, short.main_exp or last), address)
+        if row is not None and row["is_first_use"]:
+            _require_fresh(short)
+        elif row is not None and not (comes_back and row["is_own_stream"]):
+            raise Unauthenticated("The short token was used before: each opens one connection.")
+        return _grant(row, short)
+
+    async def end_stream(self, connection: asyncpg.Connection, jti: UUID) -> None:
+        """Have the short token open its stream never again. Idempotent."""
+        await connection.execute("UPDATE spent_short_tokens SET address = NULL WHERE jti = $1", jti)
+
+    def _read_short(self, token: str, *, is_spent: bool = False) -> ShortClaims:
         _check_form(token)
-        short = parse_short(self._decode(token, self._short_audience))
-        # No leeway here: its end is told to the second, and it is ours.
-        if short.claims.expires_at <= time.time():
-            raise Unauthenticated("The short token has expired: swap the main token for a new one.")
+        short = parse_short(self._decode(token, self._short_audience, may_be_expired=is_spent))
         if short.main_exp is not None and short.main_exp <= time.time() - self._settings.leeway:
             raise Unauthenticated("The main token behind this short token has expired.")
-        row = await connection.fetchrow(
+        return short
+
+    async def _spend(
+        self, connection: asyncpg.Connection, short: ShortClaims, until: float, address: str | None
+    ) -> asyncpg.Record | None:
+        return await connection.fetchrow(
             """WITH spent AS (
-                   INSERT INTO spent_short_tokens (jti, expires_at) VALUES ($1, to_timestamp($2))
+                   INSERT INTO spent_short_tokens (jti, expires_at, address) VALUES ($1, to_timestamp($2), $7)
                    ON CONFLICT DO NOTHING RETURNING jti)
-               SELECT id, email, is_admin, is_disabled, tokens_valid_from <= to_timestamp($4) AS is_current,
+               SELECT id, email, is_admin, is_disabled,
+                      tokens_valid_from <= to_timestamp($4) AND NOT EXISTS (
+                          SELECT FROM revoked_tokens WHERE user_id = $3 AND token_id = $6) AS is_current,
                       EXISTS (SELECT FROM spent) AS is_first_use,
+                      EXISTS (SELECT FROM spent_short_tokens WHERE jti = $1 AND address = $7) AS is_own_stream,
                       $5::bigint IS NULL OR EXISTS (SELECT FROM api_tokens WHERE id = $5) AS is_kept
                  FROM users WHERE id = $3""",
             short.jti,
-            # It is believed until its end and the leeway; a minute more for a database whose clock goes ahead.
-            short.claims.expires_at + self._settings.leeway + 60,
+            # It is believed until then and the leeway; a minute more for a database whose clock goes ahead.
+            until + self._settings.leeway + 60,
             int(short.claims.subject),
             short.claims.issued_at,
             short.api_token_id,
+            short.main_jti,
+            address,
         )
-        if row is not None and not row["is_first_use"]:
-            raise Unauthenticated("The short token was used before: each opens one connection.")
-        if row is not None and not row["is_kept"]:
-            raise Unauthenticated("The API token behind this short token was revoked.")
-        identity = replace(_identity(row, short.claims), token_id=short.main_jti, expires_at=short.main_exp)
-        return ShortGrant(identity, short.only, short.main_exp)
 
     def _claims(self, audience: str, user_id: int, ttl: float) -> dict[str, Any]:
         now = time.time()
@@ -217,8 +267,7 @@ class Tokens:
             "iat": now,
             "nbf": int(now),
             "exp": math.ceil(now + ttl),
-            # Read as a UUID; made without the detour over one, which takes twice as long.
-            "jti": secrets.token_hex(16),
+            "jti": _new_id(),
         }
 
     def _sign(self, claims: Mapping[str, Any]) -> str:
@@ -231,12 +280,13 @@ class Tokens:
             raise Unacceptable("A token cannot name so many channels.", field="channels")
         return token
 
-    def _decode(self, token: str, audience: str) -> dict[str, Any]:
+    def _decode(self, token: str, audience: str, *, may_be_expired: bool = False) -> dict[str, Any]:
         try:
             return self._own.decode(
                 token,
                 self._key,
                 algorithms=[self._settings.algorithm],
+                options={"verify_exp": False} if may_be_expired else None,
                 audience=audience,
                 issuer=self._settings.issuer,
                 leeway=self._settings.leeway,
@@ -269,10 +319,13 @@ class Tokens:
             raise _refusal(error) from error
         claims = parse_outside(payload)
         row = await connection.fetchrow(
-            """SELECT id, email, is_admin, is_disabled, tokens_valid_from <= to_timestamp($2) AS is_current
+            """SELECT id, email, is_admin, is_disabled,
+                      tokens_valid_from <= to_timestamp($2) AND NOT EXISTS (
+                          SELECT FROM revoked_tokens r WHERE r.user_id = users.id AND token_id = $3) AS is_current
                  FROM users WHERE external_id = $1""",
             claims.subject,
             claims.issued_at,
+            claims.token_id,
         )
         if row is not None:
             return _identity(row, claims)
@@ -296,6 +349,11 @@ async def purge(connection: asyncpg.Connection) -> int:
     """Forget the spent short tokens that nobody would believe any more; returns how many."""
     status: str = await connection.execute("DELETE FROM spent_short_tokens WHERE expires_at < now()")
     return int(status.rpartition(" ")[2])
+
+
+def _new_id() -> str:
+    # Read as a UUID; made without the detour over one, which takes twice as long.
+    return secrets.token_hex(16)
 
 
 def _load_keys(settings: TokenSettings) -> tuple[Any, jwt.PyJWK, Any]:
@@ -361,6 +419,19 @@ def _refusal(error: jwt.PyJWTError) -> Unauthenticated:
     if isinstance(error, jwt.MissingRequiredClaimError):
         return Unauthenticated(f"The token is malformed: it lacks the claim {error.claim!r}.")
     return Unauthenticated(next(sentence for kind, sentence in _REFUSALS if isinstance(error, kind)))
+
+
+def _require_fresh(short: ShortClaims) -> None:
+    # No leeway here: its end is told to the second, and it is ours.
+    if short.claims.expires_at <= time.time():
+        raise Unauthenticated("The short token has expired: swap the main token for a new one.")
+
+
+def _grant(row: asyncpg.Record | None, short: ShortClaims) -> ShortGrant:
+    if row is not None and not row["is_kept"]:
+        raise Unauthenticated("The API token behind this short token was revoked.")
+    identity = replace(_identity(row, short.claims), token_id=short.main_jti, expires_at=short.main_exp)
+    return ShortGrant(identity, short.only, short.main_exp, short.jti)
 
 
 def _text_or_none(value: object) -> str | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from aiohttp import web
 from marshmallow import Schema, fields, validate
 
-from auth import accounts, audit, passwords, refresh
+from auth import accounts, audit, passwords, refresh, revocation
+from gateway import permissions_changed
 from gateway.api.users import Password, User, public
 from gateway.context import Context
-from gateway.fields import NO_NUL, Email, Text
+from gateway.fields import NO_NUL, Email, Flag, Text
 from gateway.operation import Call, Database, answer, lease, nothing, operation
 from gateway.problems import Problem
 
@@ -32,6 +33,12 @@ class RefreshToken(Schema):
     """A refresh token, as a sign-in or the last refresh gave it."""
 
     refresh_token = Text(required=True, most=512)
+
+
+class SignOut(RefreshToken):
+    """What to sign out of."""
+
+    everywhere = Flag(load_default=False, metadata={"description": "All sign-ins of the user, not only this one."})
 
 
 class Tokens(Schema):
@@ -60,10 +67,10 @@ class ShortToken(Schema):
     expires_in = fields.Integer(required=True, metadata={"description": "Seconds."})
 
 
-def _tokens(context: Context, user_id: int, refresh_token: str) -> web.Response:
+def _tokens(context: Context, user_id: int, refresh_token: str, main: refresh.Main) -> web.Response:
     return answer(
         {
-            "access_token": context.tokens.issue_main(user_id),
+            "access_token": context.tokens.issue_main(user_id, token_id=main.token_id),
             "refresh_token": refresh_token,
             "token_type": "Bearer",
             "expires_in": int(context.tokens.settings.access_ttl),
@@ -103,26 +110,38 @@ async def register(call: Call) -> web.Response:
 async def login(call: Call) -> web.Response:
     """401 for a wrong address and a wrong password alike."""
     user = await accounts.verify_login(call.context.pool, call.body["email"], call.body["password"])
+    main = call.context.tokens.announce_main()
     async with lease(call.context) as connection, connection.transaction():
-        token = await refresh.open_family(connection, user.id, call.context.tokens.settings.refresh_ttl)
+        token = await refresh.open_family(connection, user.id, call.context.tokens.settings.refresh_ttl, main)
         await audit.record(connection, user.id, "user.login", f"user:{user.id}", call.address)
-    return _tokens(call.context, user.id, token)
+    return _tokens(call.context, user.id, token, main)
 
 
 @operation("Get new tokens", tag="auth", body=RefreshToken, answers={200: Tokens}, signed_in=False, login_limit=True)
 async def renew(call: Call) -> web.Response:
     """Spends the refresh token and gives the next one. Using one twice revokes all that came from the same sign-in."""
     ttl = call.context.tokens.settings.refresh_ttl
-    user_id, token = await refresh.rotate(call.connection, call.body["refresh_token"], ttl)
-    return _tokens(call.context, user_id, token)
+    main = call.context.tokens.announce_main()
+    user_id, token = await refresh.rotate(call.connection, call.body["refresh_token"], ttl, main)
+    return _tokens(call.context, user_id, token, main)
 
 
-@operation("Sign out", tag="auth", body=RefreshToken, answers={204: None}, signed_in=False)
+@operation("Sign out", tag="auth", body=SignOut, answers={204: None}, signed_in=False, database=Database.WRITE)
 async def logout(call: Call) -> web.Response:
-    """Revokes the refresh token and all that came from the same sign-in. Main tokens live on until they expire."""
+    """Revokes the refresh token and all refresh and main tokens that came from the same sign-in: REST refuses them at
+    once, and the connections that they opened are closed within a second.
+
+    With `everywhere`, the same for all of the user's sign-ins. API tokens stay: each can be revoked by itself.
+    """
     user_id = await refresh.revoke(call.connection, call.body["refresh_token"])
     if user_id is not None:
-        await audit.record(call.connection, user_id, "user.logout", f"user:{user_id}", call.address)
+        everywhere: bool = call.body["everywhere"]
+        if everywhere:
+            await revocation.revoke_all(call.connection, user_id, with_api_tokens=False)
+        await permissions_changed.tell(call.connection, user_id)
+        await audit.record(
+            call.connection, user_id, "user.logout", f"user:{user_id}", call.address, everywhere=everywhere
+        )
     return nothing()
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import structlog
 
+from auth import revocation
 from gateway.realtime import authorization
 from gateway.realtime.connection import Connection
 from gateway.realtime.hub import Hub
@@ -51,19 +52,20 @@ async def recheck(hub: Hub, pool: Pool, user_id: int) -> None:
     async with pool.acquire(timeout=DATABASE_WAIT) as sql:
         standing = await authorization.standing(sql, user_id)
         api_tokens = await authorization.api_tokens_left(sql, user_id)
+        revoked = await revocation.revoked_among(sql, user_id, [one.identity.token_id for one in connections])
         for connection in connections:
-            if standing is None or _is_void(connection, standing, api_tokens):
+            if standing is None or _is_void(connection, standing, api_tokens, revoked):
                 hub.close(connection, CloseCode.TOKEN_INVALID)
             else:
                 await _recheck_channels(hub, sql, connection, is_admin=standing.is_admin)
 
 
-def _is_void(connection: Connection, standing: authorization.Standing, api_tokens: set[str]) -> bool:
+def _is_void(connection: Connection, standing: authorization.Standing, api_tokens: set[str], revoked: set[str]) -> bool:
     """Whether the token behind the connection was revoked since it was shown."""
     token = connection.identity.token_id
     if token.startswith("api:"):
         return token not in api_tokens
-    return standing.valid_from != connection.valid_from
+    return token in revoked or standing.valid_from != connection.valid_from
 
 
 async def _recheck_channels(hub: Hub, sql: database.Connection, connection: Connection, *, is_admin: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from auth import refresh, tokens
+from auth import refresh, revocation, tokens
 from orchestrator.database import Connection
 from orchestrator.errors import NotFound
 from orchestrator.sessions import store
@@ -30,6 +30,7 @@ async def cull(connection: Connection, settings: OrchestratorSettings) -> dict[s
         "idempotency_keys": await _in_batches(lambda: _purge_idempotency_keys(connection)),
         "refresh_tokens": await refresh.purge(connection),
         "short_tokens": await tokens.purge(connection),
+        "revoked_tokens": await revocation.purge(connection),
     }
     if any(counts.values()):
         log.info("culled", **counts)

@@ -22,6 +22,10 @@ EXPECTED: dict[Action, tuple[str | None, str]] = {
     Action.USER_ADMIN_READ: (None, "admin"),
     Action.USER_ADMIN_WRITE: (None, "admin"),
     Action.CLUSTER_READ: (None, "admin"),
+    Action.BROADCAST_PRESENCE: (None, "admin"),
+    Action.CONNECTION_READ: (None, "admin"),
+    Action.CONNECTION_CLOSE: (None, "admin"),
+    Action.TOKEN_REVOKE: (None, "admin"),
 }
 ROLES = ["viewer", "member", "admin", "owner"]
 SCOPES = ["read", "write", "admin"]
