@@ -1,8 +1,13 @@
-"""One client's connection: what is known about it, and nothing that runs."""
+"""One client's connection: what is known about it, how bytes get to it, and nothing that runs.
+
+While nothing waits in the transport, bytes go straight to its socket: that spares a tenth of what a delivery costs. The
+transport gets what the socket does not take, and everything behind that, so that the order holds.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from secrets import token_hex
@@ -59,12 +64,21 @@ class Connection:
     # Loop times of the malformed frames within the last minute.
     malformed: tuple[float, ...] = ()
 
-    # `transport.write`, looked up once.
-    write: Callable[[bytes], None] = field(init=False, repr=False)
+    # Sends bytes and returns how many were taken, or raises OSError. For the fan-out, which holds the rest; everybody
+    # else calls `write`.
+    send: Callable[[bytes], int] = field(init=False, repr=False)
+    # The transport's socket, or None where it must not be written to beside the transport (TLS).
+    _socket: socket.socket | None = field(init=False, repr=False)
     _drained: asyncio.Future[None] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.write = self.transport.write
+        own = self.transport.get_extra_info("socket")
+        if own is None or self.transport.get_extra_info("sslcontext") is not None:
+            self._socket = None
+        else:
+            self._socket = socket.socket(own.family, own.type, own.proto, own.fileno())
+        # What was written by others may wait in the transport yet.
+        self.send = self._append
 
     @property
     def user_id(self) -> int:
@@ -80,6 +94,36 @@ class Connection:
     def ended(self) -> bool:
         """Whether it is closed by us or lost."""
         return self.closed is not None or self.transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        """Send now what the socket takes; the rest waits in the transport. Raises nothing: a loss is told later."""
+        try:
+            sent = self.send(data)
+        except OSError:
+            sent = 0
+        if sent != len(data):
+            self.hold(data, sent)
+
+    def hold(self, data: bytes, sent: int) -> None:
+        """Have the transport send what `send` did not, and all that comes until that is gone."""
+        self.transport.write(data[sent:])
+        self.send = self._append
+
+    def _append(self, data: bytes) -> int:
+        """Send behind what waits in the transport; when nothing does, past the transport from now on."""
+        if self._socket is not None and not self.transport.get_write_buffer_size():
+            self.send = self._socket.send
+            return self.send(data)
+        self.transport.write(data)
+        return len(data)
+
+    def lost(self) -> None:
+        """The transport is gone, and closes its socket when this returns: whose number that is next, is another's."""
+        self.send = len
+        if self._socket is not None:
+            self._socket.detach()
+            self._socket = None
+        self.resume()
 
     async def drained(self) -> None:
         """Return once the transport's buffer has room, or the connection is lost. One task at a time may wait."""

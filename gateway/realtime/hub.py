@@ -147,57 +147,74 @@ class Hub:
         subscribers = self._subscribers
         if len(pending) == 1:
             ((channel, events),) = pending.items()
-            self._deliver(subscribers.get(channel, ()), events)
+            if channel in subscribers:
+                self._deliver(subscribers[channel], events)
         else:
-            lists = [(subscribers[channel], events) for channel, events in pending.items() if channel in subscribers]
-            several = _mark(lists)
-            for listed, events in lists:
-                # Those that get something else too have no mark.
-                self._deliver([one for one in listed if one.busy is events], events)
-                for one in listed:
-                    one.busy = None
-            self._deliver_merged(several)
+            self._deliver_many([(subscribers[name], events) for name, events in pending.items() if name in subscribers])
         if self._slow:
             self._drop_slow()
 
-    def _deliver_merged(self, several: dict[Connection, list[list[Stored]]]) -> None:
-        """Write to connections several channels' events, in the order of their offsets."""
+    def _deliver_many(self, lists: list[tuple[set[Connection], list[Stored]]]) -> None:
+        """Write several channels' events. Connections that get from more than one of them get those merged."""
+        several: dict[Connection, list[list[Stored]]] = {}
+        for listed, events in lists:
+            for connection in listed:
+                if connection.busy is None:
+                    connection.busy = events
+                elif connection in several:
+                    several[connection].append(events)
+                else:
+                    several[connection] = [connection.busy, events]
+        for listed, events in lists:
+            if several:
+                self._deliver([one for one in listed if one not in several], events)
+            else:
+                self._deliver(listed, events)
+            for connection in listed:
+                connection.busy = None
         groups: dict[tuple[int, ...], list[Connection]] = {}
-        for connection, lists in several.items():
-            groups.setdefault(tuple(map(id, lists)), []).append(connection)
+        for connection, theirs in several.items():
+            groups.setdefault(tuple(map(id, theirs)), []).append(connection)
         for connections in groups.values():
-            lists = several[connections[0]]
-            merged = sorted((stored for events in lists for stored in events), key=lambda stored: stored.offset)
+            theirs = several[connections[0]]
+            merged = sorted((stored for events in theirs for stored in events), key=lambda stored: stored.offset)
             self._deliver(connections, merged)
 
     def _deliver(self, connections: Collection[Connection], events: list[Stored]) -> None:
-        """Write the same events to each connection, in one write. None of the writes can call back into the hub."""
-        if not connections:
-            return
+        """Write the same events to each connection, in one write."""
         number = len(events)
-        plain = events[0].frame if number == 1 else b"".join([stored.frame for stored in events])
-        self._writing = size = len(plain)
-        arrays: list[Connection] = []
         if number == 1:
-            for connection in connections:
-                connection.write(plain)
+            frames = self._write(connections, events[0].frame)
         else:
-            for connection in connections:
-                if connection.batch:
-                    arrays.append(connection)
-                else:
-                    connection.write(plain)
-        written = len(connections) - len(arrays)
-        self.deliveries += len(connections) * number
-        self.frames += written * number
-        self.bytes += written * size
-        if arrays:
-            array = array_frame(payload_of(stored.frame) for stored in events)
-            self._writing = len(array)
-            for connection in arrays:
-                connection.write(array)
-            self.frames += len(arrays)
-            self.bytes += len(arrays) * len(array)
+            arrays = [connection for connection in connections if connection.batch]
+            if arrays:
+                connections = [connection for connection in connections if not connection.batch]
+                self.deliveries += len(arrays) * number
+                self.frames += self._write(arrays, array_frame(payload_of(stored.frame) for stored in events))
+            frames = self._write(connections, b"".join([stored.frame for stored in events])) * number
+        self.deliveries += frames
+        self.frames += frames
+
+    def _write(self, connections: Collection[Connection], data: bytes) -> int:
+        """Write the same bytes to each connection; how many those are. Nothing in here ends a connection."""
+        self._writing = size = len(data)
+        held: list[tuple[Connection, int]] | None = None
+        for connection in connections:
+            try:
+                sent = connection.send(data)
+            except OSError:
+                # Full, or lost: its transport knows what to do in either case.
+                sent = 0
+            if sent != size:
+                if held is None:
+                    held = []
+                held.append((connection, sent))
+        if held is not None:
+            for connection, sent in held:
+                connection.hold(data, sent)
+        number = len(connections)
+        self.bytes += number * size
+        return number
 
     def stalled(self, connection: Connection) -> None:
         """The transport holds more than it should: called from within the write that was too much.
@@ -243,7 +260,7 @@ class Hub:
     def close(self, connection: Connection, code: int) -> None:
         """Begin the closing handshake and forget the connection; its transport is aborted if that takes too long."""
         if self._forget(connection, code) and not connection.transport.is_closing():
-            connection.transport.write(close_frame(code))
+            connection.write(close_frame(code))
             self.linger(connection)
 
     def abort(self, connection: Connection, code: int = CloseCode.TOO_SLOW) -> None:
@@ -321,19 +338,3 @@ class Hub:
             action.cancel()
         if self.actions:
             await asyncio.wait(self.actions)
-
-
-def _mark(lists: list[tuple[set[Connection], list[Stored]]]) -> dict[Connection, list[list[Stored]]]:
-    """Note at each connection what it is to get (`busy`); returns those that get from several channels, with all."""
-    several: dict[Connection, list[list[Stored]]] = {}
-    for listed, events in lists:
-        for connection in listed:
-            if connection.busy is None:
-                connection.busy = events
-            elif connection in several:
-                several[connection].append(events)
-            else:
-                several[connection] = [connection.busy, events]
-    for connection in several:
-        connection.busy = None
-    return several

@@ -58,7 +58,7 @@ class Stream(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """The transport is gone. An action under way ends by itself: there is nobody to tell."""
         self._unreadable = True
-        self._connection.resume()
+        self._connection.lost()
         self._context.hub.end(self._connection)
 
     def begin(self, work: Coroutine[Any, Any, None]) -> None:

@@ -58,6 +58,9 @@ class Wire:
             self.paused = False
             self.on_resume()
 
+    def get_extra_info(self, name: str) -> None:
+        """There is no socket."""
+
     def get_write_buffer_size(self) -> int:
         return self.unsent
 
