@@ -37,7 +37,7 @@ clean: ## Remove .venv and caches; the data stays
 	rm -f .coverage .coverage.*
 	find . -name __pycache__ -not -path './data/*' -prune -exec rm -rf {} +
 
-# One stamp for what running needs, one for what testing needs beside it, one for benchmarks; renewed when the dependencies change.
+# A stamp each for what running, testing and benchmarks need; renewed when the dependencies change.
 .venv/run.stamp: setup.cfg pyproject.toml | .venv/bin/python
 	@echo "Installing …"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable .
