@@ -15,6 +15,7 @@ from aiohttp import web
 
 from auth.errors import IssuerUnavailable
 from auth.tokens import Tokens, TokenSettings
+from gateway import garbage
 from gateway.context import CONTEXT, Context
 from gateway.metrics import METRICS, Metrics
 from gateway.middleware import edge, stamp
@@ -162,6 +163,7 @@ async def listening(app: web.Application, settings: GatewaySettings) -> AsyncIte
             await web.TCPSite(runner, settings.host, settings.port, reuse_address=True, backlog=1024).start()
         except OSError as error:
             raise SettingsError(_cannot_listen(settings, error)) from error
+        garbage.settle()
         try:
             yield int(runner.addresses[0][1])
         finally:

@@ -33,7 +33,8 @@ class EpochChanged(Exception):
         self.epoch = epoch
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, which would cost a microsecond an entry; nobody changes one nevertheless.
+@dataclass(slots=True)
 class Entry:
     """One entry as the log keeps it. `body` is the envelope's JSON, without `offset`.
 
