@@ -1,6 +1,6 @@
 """From `basic.publish` to the browser, through a RabbitMQ stream: ours against the least that could do the same.
 
-    python -m tests.benchmarks.broker [--rounds 5] [--seconds 10] [--rate 100]
+    python -m tests.benchmarks.broker [--rounds 7] [--seconds 5] [--rate 100]
 
 The least is an aiormq reader that hands bodies to the joining floor (`peers/consumer.py`). Each has a virtual host of
 its own on one broker; what is published to one is nothing to the other. The time is taken before `basic.publish`, by
@@ -32,7 +32,7 @@ from tests.benchmarks.servers import KINDS, Browsers, Missing, Stage, open_all, 
 from tests.benchmarks.stage import on
 from tests.rabbitmq import Broker, NoBroker
 
-ROUNDS, SECONDS, RATE, BROWSERS = 5, 10.0, 100, 1000
+ROUNDS, SECONDS, RATE, BROWSERS = 7, 5.0, 100, 1000
 _BODY = 200
 _GRACE = 30.0
 

@@ -18,6 +18,7 @@ from gateway import app as gateway
 from gateway.settings import GatewaySettings, RealtimeSettings
 from orchestrator.database import open_pool
 from orchestrator.eventlog.contract import Entry, EventLog
+from orchestrator.eventlog.rabbitmq import RabbitLog
 from orchestrator.events import Event
 from orchestrator.settings import AmqpSettings, DatabaseSettings, environment, load
 from scripts import logs
@@ -89,8 +90,6 @@ async def _main() -> None:
 
 async def _open_log() -> tuple[EventLog, control.Publish]:
     if os.environ.get("AMQP_URL"):
-        from orchestrator.eventlog.rabbitmq import RabbitLog
-
         return await RabbitLog.open(load(AmqpSettings, environment(None)), name="bench"), _nothing
     fed = FedLog()
     return fed, fed.feed
