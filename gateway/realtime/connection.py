@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from secrets import token_hex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from auth.permissions import Identity
 from orchestrator.events import user_channel
@@ -29,6 +30,9 @@ def _new_id() -> str:
 class Connection:
     """State only: the hub, the sweep and the stream's actions work on it. All of it belongs to one event loop."""
 
+    # How it came, as administrators are told it.
+    kind: ClassVar[str] = "websocket"
+
     transport: asyncio.Transport
     identity: Identity
     # What the short token was narrowed to; None: it was not.
@@ -40,6 +44,9 @@ class Connection:
     # Whether the client takes JSON arrays.
     batch: bool = False
     id: str = field(default_factory=_new_id)
+    # The client's address, and the Unix seconds at which it came: for administrators.
+    address: str = ""
+    opened_at: float = field(default_factory=time.time)
     # In the order of subscription; permitted, whether or not live events flow already.
     channels: tuple[str, ...] = ()
     # Live events flow: it is in the hub's lists. Not so while it catches up from history.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any
 
 import orjson
 import structlog
@@ -20,6 +21,9 @@ from orchestrator.events import GATEWAY, PERMISSIONS_CHANGED
 
 log = structlog.get_logger("gateway.feed")
 
+# What is done with the data of a control event. It must be quick.
+Order = Callable[[Mapping[str, Any]], None]
+
 
 class Feed:
     """Follows the log. `ready`: it has read all that was there when it began, or began anew in another epoch."""
@@ -34,6 +38,7 @@ class Feed:
         self._history = history
         self._hub = hub
         self._pool = pool
+        self._orders: dict[str, Order] = {PERMISSIONS_CHANGED: self._permissions_changed}
         # The epoch that the history is of; None before the first. The offset from which on it is warm.
         self._epoch: str | None = None
         self._target = 0
@@ -134,19 +139,26 @@ class Feed:
             if stored is not None:
                 self._hub.publish(stored)
 
+    def obey(self, event_type: str, order: Order) -> None:
+        """Call `order` with the data of each control event of that type. Its KeyError and TypeError say: it is wrong."""
+        self._orders[event_type] = order
+
     def _obey(self, entry: Entry) -> None:
         """Do what another part of the system asks of all gateways."""
-        if entry.event_type != PERMISSIONS_CHANGED:
+        # Those of later versions are not for this one.
+        if (order := self._orders.get(entry.event_type)) is None:
             return
         try:
-            user_id = orjson.loads(entry.body)["data"]["user_id"]
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            user_id = None
-        if isinstance(user_id, int):
-            self._hub.permissions_changed(user_id)
-        else:
+            order(orjson.loads(entry.body)["data"])
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             self.invalid += 1
-            log.warning("a control event names no user", offset=entry.offset)
+            log.warning("a control event is wrong", offset=entry.offset, event_type=entry.event_type, error=repr(error))
+
+    def _permissions_changed(self, data: Mapping[str, Any]) -> None:
+        user_id = data["user_id"]
+        if not isinstance(user_id, int):
+            raise TypeError("user_id is no whole number")
+        self._hub.permissions_changed(user_id)
 
     def _start_anew(self, floor: int) -> None:
         """Nothing of what was read before connects to what comes: clients begin anew, too."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Collection
+from itertools import islice
 
 import structlog
 
@@ -30,6 +31,9 @@ _FLUSH_AT = 256 << 10
 _REPLAY_UNSENT = 64 << 10
 # Seconds for the client to answer a close frame, and for unsent bytes to go, until the transport is aborted.
 CLOSE_TIMEOUT = 5.0
+
+# A channel's subscribers, and what they are to get at the end of this turn.
+_Pending: TypeAlias = tuple[set[Connection], list[Stored]]
 
 
 class Hub:
@@ -51,7 +55,8 @@ class Hub:
         self.actions: set[asyncio.Task[None]] = set()
         self._ended = Wakeup()
         self._subscribers: dict[str, set[Connection]] = {}
-        self._pending: dict[str, list[Stored]] = {}
+        # Whoever joins or leaves a channel has what is pending written before: the sets are those of the flush, too.
+        self._pending: dict[str, _Pending] = {}
         self._pending_bytes = 0
         # Live connections whose transport holds more than the limit, each with the bytes that it may hold nevertheless.
         self._slow: dict[Connection, int] = {}
@@ -130,11 +135,16 @@ class Hub:
 
     def publish(self, stored: Stored) -> None:
         """Hand an event to its channel's subscribers at the end of this turn of the loop. Offsets must grow."""
-        if stored.channel not in self._subscribers:
-            return
-        if not self._pending:
-            asyncio.get_running_loop().call_soon(self.flush)
-        self._pending.setdefault(stored.channel, []).append(stored)
+        pending = self._pending.get(stored.channel)
+        if pending is not None:
+            pending[1].append(stored)
+        else:
+            listed = self._subscribers.get(stored.channel)
+            if listed is None:
+                return
+            if not self._pending:
+                asyncio.get_running_loop().call_soon(self.flush)
+            self._pending[stored.channel] = (listed, [stored])
         self._pending_bytes += len(stored.frame)
         if self._pending_bytes >= _FLUSH_AT:
             self.flush()
@@ -144,20 +154,18 @@ class Hub:
         if not self._pending:
             return
         pending, self._pending, self._pending_bytes = self._pending, {}, 0
-        subscribers = self._subscribers
         if len(pending) == 1:
-            ((channel, events),) = pending.items()
-            if channel in subscribers:
-                self._deliver(subscribers[channel], events)
+            ((listed, events),) = pending.values()
+            self._deliver(listed, events)
         else:
-            self._deliver_many([(subscribers[name], events) for name, events in pending.items() if name in subscribers])
+            self._deliver_many(pending.values())
         if self._slow:
             self._drop_slow()
 
-    def _deliver_many(self, lists: list[tuple[set[Connection], list[Stored]]]) -> None:
+    def _deliver_many(self, pending: Collection[_Pending]) -> None:
         """Write several channels' events. Connections that get from more than one of them get those merged."""
         several: dict[Connection, list[list[Stored]]] = {}
-        for listed, events in lists:
+        for listed, events in pending:
             for connection in listed:
                 if connection.busy is None:
                     connection.busy = events
@@ -165,7 +173,7 @@ class Hub:
                     several[connection].append(events)
                 else:
                     several[connection] = [connection.busy, events]
-        for listed, events in lists:
+        for listed, events in pending:
             if several:
                 self._deliver([one for one in listed if one not in several], events)
             else:
@@ -304,6 +312,10 @@ class Hub:
         """The connections that a user has here."""
         return [connection for connection in self.connections.values() if connection.user_id == user_id]
 
+    def of_channel(self, channel: str) -> Collection[Connection]:
+        """The connections here that a channel's events go to. Look only: it changes with them."""
+        return self._subscribers.get(channel, ())
+
     def permissions_changed(self, user_id: int) -> None:
         """Have this user's connections looked at again."""
         self.generation += 1
@@ -315,17 +327,22 @@ class Hub:
         self.changed_users.add(user_id)
         self.changes.set()
 
+    @property
+    def drain_seconds(self) -> float:
+        """How long a drain takes that begins now: it grows with the connections."""
+        return len(self.connections) / self.settings.drain_rate + CLOSE_TIMEOUT
+
     async def drain(self) -> None:
         """Refuse new connections and close all with 4001, at most `drain_rate` a second, spread evenly.
 
         Returns when no transport is left. Cancelling leaves the rest open. Call it before the server stops reading.
         """
         self.draining = True
-        log.info("draining", connections=len(self.connections))
+        log.info("draining", connections=len(self.connections), seconds=self.drain_seconds)
         # Small steps are even enough; each at least one connection.
         step = max(1, self.settings.drain_rate // 20)
         while self.connections:
-            for connection in tuple(self.connections.values())[:step]:
+            for connection in list(islice(self.connections.values(), step)):
                 self.close(connection, CloseCode.DRAINING)
             await asyncio.sleep(step / self.settings.drain_rate)
         deadline = asyncio.get_running_loop().time() + CLOSE_TIMEOUT

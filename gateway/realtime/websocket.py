@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from urllib.parse import urlsplit
 
 import structlog
@@ -11,6 +12,7 @@ from aiohttp import web
 from auth.errors import Forbidden, Unauthenticated
 from auth.permissions import Identity, Scope, has_scope
 from gateway.context import CONTEXT, Context
+from gateway.operation import ADDRESS
 from gateway.problems import Problem
 from gateway.realtime import authorization, liveness, protocol, recovery, upgrade
 from gateway.realtime.connection import Connection
@@ -74,6 +76,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
         expires_at=grant.expires_at,
         valid_from=standing.valid_from,
         batch=request.query.get("batch") == "1",
+        address=address_of(request),
         channels=channels,
     )
     stream = Stream(context, connection)
@@ -93,6 +96,11 @@ async def handle(request: web.Request) -> web.StreamResponse:
     if early:
         stream.data_received(early)
     return answer
+
+
+def address_of(request: web.Request) -> str:
+    """The client's address: one string for all connections that it has."""
+    return sys.intern(request.get(ADDRESS) or request.remote or "")
 
 
 def _require_service(context: Context) -> None:
