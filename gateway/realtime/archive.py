@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 import structlog
 
 from gateway.realtime.history import History, Stored
-from gateway.realtime.protocol import Position, frame, with_offset
+from gateway.realtime.protocol import Position, event_frame
 from gateway.settings import RealtimeSettings
 from orchestrator.errors import LogUnavailable
 from orchestrator.eventlog.contract import Entry, EpochChanged, EventLog, Truncated
@@ -148,7 +148,7 @@ class Replay:
                 del self._ids[next(iter(self._ids))]
             if entry.offset > self._after and entry.channel in wanted:
                 try:
-                    taken.append(Stored(entry.offset, entry.channel, frame(with_offset(entry.body, entry.offset)), now))
+                    taken.append(Stored(entry.offset, entry.channel, event_frame(entry.body, entry.offset), now))
                 except ValueError:
                     # The feed has told of it.
                     continue

@@ -12,13 +12,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from gateway.realtime.protocol import Position, frame, with_offset
+from gateway.realtime.protocol import Position, event_frame
 from orchestrator.eventlog.contract import Entry
 
 # Seconds within which the same event id is one event: what `docs/protocol.md` promises to publishers.
 _REPEAT_WINDOW = 300.0
 # An id costs some 150 bytes, so that a flood of events cannot take more than about 150 MiB for them.
 _MOST_IDS = 1_000_000
+# Seconds that an event may stay beyond its time, so that not every event has the oldest looked at.
+_LOOK = 0.5
 # What an event costs beside its frame: the objects around it, on CPython 3.11.
 _OVERHEAD = 200
 
@@ -78,6 +80,7 @@ class History:
         self._channels: dict[str, _Index] = {}
         self._ids: set[str] = set()
         self._ids_in_order: deque[tuple[float, str]] = deque()
+        self._next_look = 0.0
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
     def __len__(self) -> int:
@@ -111,7 +114,7 @@ class History:
         if entry.event_id in self._ids:
             self.repeats += 1
             return None
-        stored = Stored(entry.offset, entry.channel, frame(with_offset(entry.body, entry.offset)), now)
+        stored = Stored(entry.offset, entry.channel, event_frame(entry.body, entry.offset), now)
         self._ids.add(entry.event_id)
         self._ids_in_order.append((now, entry.event_id))
         self._events.append(stored)
@@ -120,7 +123,8 @@ class History:
             index = self._channels[entry.channel] = _Index()
         index.events.append(stored)
         self.bytes += len(stored.frame) + _OVERHEAD
-        self.expire(now)
+        if now > self._next_look or self.bytes > self._max_bytes or len(self._ids) > _MOST_IDS:
+            self.expire(now)
         return stored
 
     def skip(self, offset: int) -> None:
@@ -130,7 +134,8 @@ class History:
             self._wake()
 
     def expire(self, now: float) -> None:
-        """Drop what is too old or too much."""
+        """Drop what is too old or too much. Its age is looked at by `append` once in a while only."""
+        self._next_look = now + _LOOK
         events, oldest = self._events, now - self.max_seconds
         while events and (self.bytes > self._max_bytes or events[0].at < oldest):
             gone = events.popleft()

@@ -14,6 +14,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Collection
 from itertools import islice
+from typing import TypeAlias
 
 import structlog
 

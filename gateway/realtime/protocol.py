@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
+from struct import Struct
 from typing import Any, NamedTuple, TypeAlias
 
 import orjson
@@ -26,6 +27,8 @@ _TEXT = 0x81
 _CLOSE = 0x88
 _PONG = 0x8A
 PING = bytes((0x89, 0))
+_MIDDLE = Struct(">BBH").pack
+_LARGE = Struct(">BBQ").pack
 
 _POSITION = re.compile(r"([a-z0-9]{1,32}):([0-9]{1,19})")
 
@@ -201,16 +204,21 @@ def _header(first: int, length: int) -> bytes:
     if length < 126:
         return bytes((first, length))
     if length < 1 << 16:
-        return bytes((first, 126)) + length.to_bytes(2, "big")
-    return bytes((first, 127)) + length.to_bytes(8, "big")
+        return _MIDDLE(first, 126, length)
+    return _LARGE(first, 127, length)
 
 
-def with_offset(body: bytes, offset: int) -> bytes:
-    """The envelope with its position in the log spliced in as the last key. Raises ValueError on what is no object."""
-    body = body.rstrip()
-    if not (body.startswith(b"{") and body.endswith(b"}")):
+def event_frame(body: bytes, offset: int) -> bytes:
+    """The frame of an envelope with its position in the log spliced in as the last key.
+
+    Raises ValueError on what is no object.
+    """
+    if body[-1:] != b"}":
+        body = body.rstrip()
+    if body[:1] != b"{" or body[-1:] != b"}":
         raise ValueError("the body is not a JSON object")
-    return b'%b,"offset":%d}' % (body[:-1], offset)
+    end = b',"offset":%d}' % offset
+    return _header(_TEXT, len(body) - 1 + len(end)) + body[:-1] + end
 
 
 def control(event_type: str, channel: str, data: Mapping[str, Any], echo: str | None = None) -> bytes:

@@ -138,13 +138,14 @@ def test_every_close_code_of_ours_has_a_reason_that_fits_into_its_frame() -> Non
 
 def test_the_offset_is_spliced_in_as_the_last_key() -> None:
     body = b'{"event_type":"a","channel":"b:1","data":{}}'
-    assert protocol.with_offset(body + b" \n", 7) == b'{"event_type":"a","channel":"b:1","data":{},"offset":7}'
+    framed = protocol.event_frame(body + b" \n", 7)
+    assert framed == protocol.frame(b'{"event_type":"a","channel":"b:1","data":{},"offset":7}')
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"}", b"null"])
 def test_an_offset_goes_into_objects_only(body: bytes) -> None:
     with pytest.raises(ValueError, match="not a JSON object"):
-        protocol.with_offset(body, 7)
+        protocol.event_frame(body, 7)
 
 
 @pytest.mark.parametrize(
