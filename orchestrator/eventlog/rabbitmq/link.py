@@ -228,6 +228,8 @@ def _failure(error: Exception, wire: Wire | None, name: str, timeout: float) -> 
         return kind(f"{name}: {wire.closed.reason}", wire.closed.code)
     if wire is not None and wire.gone is not None:
         return Lost(f"{name}: {wire.gone.reason}", wire.gone.code)
+    if isinstance(error, Lost):
+        return Lost(f"{name}: {error.reason}", error.code)
     code = _code(error)
     if isinstance(error, aiormq.ProbableAuthenticationError):
         return Refused(f"{name}: {error}", ACCESS_REFUSED)

@@ -249,7 +249,7 @@ class RabbitLog:
 
     async def check(self) -> None:
         """Return when RabbitMQ answers and takes messages; raise LogUnavailable, with the reason, when not."""
-        async with self._deadline():
+        async with self._deadline(1):
             publisher = await self._ready()
             if blocked := publisher.link.wire.blocked:
                 raise LogUnavailable(f"RabbitMQ takes no messages now: {blocked}")
@@ -495,8 +495,13 @@ class RabbitLog:
                 reason = str(error)
             except Exception as error:
                 failures += 1
-                log.exception(
-                    "a message could not be handled", error=str(error), key=given.routing_key, failures=failures
+                log.warning(
+                    "a message could not be handled",
+                    error=str(error) or type(error).__name__,
+                    key=given.routing_key,
+                    failures=failures,
+                    # Once, and not again every few seconds.
+                    exc_info=failures == 1,
                 )
                 await self._pause(failures)
                 continue
@@ -554,10 +559,10 @@ class RabbitLog:
         self._require_open()
 
     @asynccontextmanager
-    async def _deadline(self) -> AsyncGenerator[None, None]:
-        """Room for an answer that may need a new connection. Raises LogUnavailable when that is not enough."""
+    async def _deadline(self, answers: int = 2) -> AsyncGenerator[None, None]:
+        """The time of so many answers, of which a new connection needs one. Raises LogUnavailable when it is over."""
         try:
-            async with asyncio.timeout(2 * self._timeout):
+            async with asyncio.timeout(answers * self._timeout):
                 yield
         except TimeoutError as error:
             raise LogUnavailable(f"RabbitMQ does not answer: {self._trouble or 'it takes too long'}") from error

@@ -225,7 +225,7 @@ def _conflict(reason: str) -> str:
     argument, what = found["argument"], found["what"]
     ours, theirs = (_value(found[key]) for key in ("ours", "theirs"))
     line = f"RabbitMQ has the {what} with {argument} {theirs}, where {ours} is wanted"
-    if setting := _SETTINGS.get(argument):
+    if (setting := _SETTINGS.get(argument)) and theirs != "none":
         return f"{line}: set {setting} to what is there, or delete it (which loses what it holds)"
     return f"{line}: delete it (which loses what it holds), or use another virtual host"
 

@@ -361,9 +361,13 @@ class Transport(aiormq.TransportFactory):
         self.wire: Wire | None = None
 
     async def create(self, url: Any, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """As aiormq asks for it. Raises OSError, ssl.SSLError among them."""
-        provider = kwargs.pop("ssl_context_provider")
-        context = await provider.get_context() if url.scheme == "amqps" else None
+        """As aiormq asks for it. Raises Lost, OSError (ssl.SSLError among them)."""
+        context = None
+        if url.scheme == "amqps":
+            try:
+                context = await kwargs["ssl_context_provider"].get_context()
+            except (OSError, ValueError) as error:
+                raise Lost(f"a certificate or key that its URL names cannot be read: {error}") from error
         loop = asyncio.get_running_loop()
         wire = Wire(loop)
         protocol = asyncio.StreamReaderProtocol(wire, loop=loop)
