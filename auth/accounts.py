@@ -6,6 +6,7 @@ in by password.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -130,6 +131,12 @@ async def list_page(
     )
     total = await connection.fetchval(f"SELECT count(*) FROM users WHERE {condition}", needle)  # noqa: S608  Constants.
     return [User(**row) for row in rows], total
+
+
+async def names(connection: asyncpg.Connection, user_ids: Sequence[int]) -> dict[int, str]:
+    """The names of those of the users that there are."""
+    rows = await connection.fetch("SELECT id, name FROM users WHERE id = ANY($1::bigint[])", user_ids)
+    return {row["id"]: row["name"] for row in rows}
 
 
 async def update(

@@ -20,10 +20,12 @@ from gateway.context import CONTEXT, Context
 from gateway.metrics import METRICS, Metrics
 from gateway.middleware import edge, stamp
 from gateway.ratelimit import LIMITS, Limits
+from gateway.realtime import inquiries
 from gateway.realtime.archive import Archive
 from gateway.realtime.feed import Feed
 from gateway.realtime.history import History
 from gateway.realtime.hub import Hub
+from gateway.realtime.replicas import Replicas
 from gateway.routes import routes
 from gateway.settings import GatewaySettings
 from orchestrator.database import Pool, require_schema
@@ -55,6 +57,9 @@ def build(
     outside = Outside()
     history = History(log.epoch, settings.realtime.history_seconds, settings.realtime.history_bytes)
     hub = Hub(settings.realtime)
+    feed = Feed(log, history, hub, pool)
+    replicas = Replicas(log, feed)
+    inquiries.answer(replicas, hub)
     context = Context(
         settings=settings,
         pool=pool,
@@ -63,7 +68,8 @@ def build(
         history=history,
         archive=Archive(log, history, settings.realtime),
         hub=hub,
-        feed=Feed(log, history, hub, pool),
+        feed=feed,
+        replicas=replicas,
         database_timeout=database_settings.timeout,
     )
     app = web.Application(middlewares=[edge(settings)], client_max_size=settings.body_limit)
@@ -124,12 +130,18 @@ async def _tokens_closed(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _feed_running(app: web.Application) -> AsyncIterator[None]:
-    feed = asyncio.create_task(app[CONTEXT].feed.run(), name="gateway feed")
+    feed = asyncio.create_task(_follow(app[CONTEXT]), name="gateway feed")
     feed.add_done_callback(_tell_end)
     app[FEED] = feed
     yield
     feed.cancel()
     await asyncio.wait([feed])
+
+
+async def _follow(context: Context) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(context.feed.run(), name="gateway: feed")
+        group.create_task(context.replicas.run(), name="gateway: replicas")
 
 
 def _tell_end(feed: asyncio.Task[None]) -> None:
@@ -138,10 +150,13 @@ def _tell_end(feed: asyncio.Task[None]) -> None:
 
 
 async def _drain(app: web.Application) -> None:
-    """Let the sockets go, within the grace. Requests that are under way get the rest of it from the runner."""
+    """Let the connections go, in the time that so many take, and the grace. The runner gives requests the grace again.
+
+    What a supervisor grants must be more than both: README.md says how to reckon it.
+    """
     context = app[CONTEXT]
     try:
-        async with asyncio.timeout(context.settings.shutdown_grace):
+        async with asyncio.timeout(context.hub.drain_seconds + context.settings.shutdown_grace):
             await context.hub.drain()
     except TimeoutError:
         log.warning("some connections did not end in time", left=len(context.hub.connections))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gateway.realtime.feed import Feed
     from gateway.realtime.history import History
     from gateway.realtime.hub import Hub
+    from gateway.realtime.replicas import Replicas
     from gateway.settings import GatewaySettings
     from orchestrator.database import Pool
     from orchestrator.eventlog.contract import EventLog
@@ -30,6 +31,7 @@ class Context:
     archive: Archive
     hub: Hub
     feed: Feed
+    replicas: Replicas
     # Seconds that a request waits for a connection of the pool before it is told 503.
     database_timeout: float = 5.0
 

@@ -14,10 +14,12 @@ from marshmallow import Schema, fields
 
 from gateway.fields import MAX_ID
 from gateway.operation import Operation, PathKind, operation_of
+from orchestrator.events import MAX_NAME_LENGTH
 
 _PATH_SCHEMAS: dict[PathKind, dict[str, Any]] = {
     PathKind.ID: {"type": "integer", "minimum": 1, "maximum": MAX_ID},
     PathKind.UUID: {"type": "string", "format": "uuid"},
+    PathKind.CHANNEL: {"type": "string", "minLength": 1, "maxLength": MAX_NAME_LENGTH},
 }
 
 TAGS = {
@@ -27,6 +29,7 @@ TAGS = {
     "workspaces": "Tenants and their members.",
     "projects": "What sessions are made for: a Git repository and its environment.",
     "sessions": "Development environments, one for each project.",
+    "connections": "Who is connected, and by which token.",
     "machines": "Where sessions can run, and in which sizes.",
     "health": "For probes and operators.",
 }
@@ -54,7 +57,7 @@ def document(routes: Iterable[web.RouteDef], version: str) -> bytes:
         openapi_version="3.1.0",
         info={
             "description": "Cloud development environments: sessions, and every event of theirs in the browser. "
-            "Events come by the WebSocket at /ws, which docs/protocol.md describes."
+            "Events come by the WebSocket at /ws, or as server-sent events at /api/v1/events: see /api/asyncapi.yaml."
         },
         servers=[{"url": "/"}],
         tags=[{"name": name, "description": text} for name, text in TAGS.items()],

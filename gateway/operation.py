@@ -30,6 +30,7 @@ from gateway.fields import MAX_ID
 from gateway.problems import Problem
 from gateway.ratelimit import LIMITS, limited_address
 from orchestrator.database import Connection
+from orchestrator.events import MAX_NAME_LENGTH
 
 REQUEST_ID = web.RequestKey("request_id", str)
 ADDRESS = web.RequestKey("address", str)
@@ -60,6 +61,7 @@ class PathKind(Enum):
 
     ID = "id"
     UUID = "uuid"
+    CHANNEL = "channel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +236,7 @@ def _path(declared: Operation, request: web.Request) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, kind in declared.path.items():
         text = request.match_info[name]
-        value = _parse_id(text) if kind is PathKind.ID else _parse_uuid(text)
+        value = _PARSERS[kind](text)
         if value is None:
             raise Problem(404, "There is nothing at this address.")
         values[name] = value
@@ -253,6 +255,18 @@ def _parse_uuid(text: str) -> UUID | None:
         return UUID(text) if len(text) == 36 else None
     except ValueError:
         return None
+
+
+def _parse_channel(text: str) -> str | None:
+    # Bytes that are no UTF-8 come as surrogates.
+    return text if len(text) <= MAX_NAME_LENGTH and text.isprintable() else None
+
+
+_PARSERS: dict[PathKind, Callable[[str], Any]] = {
+    PathKind.ID: _parse_id,
+    PathKind.UUID: _parse_uuid,
+    PathKind.CHANNEL: _parse_channel,
+}
 
 
 async def _parse(declared: Operation, call: Call) -> None:

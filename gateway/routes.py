@@ -7,7 +7,19 @@ from typing import Any
 
 from aiohttp import web
 
-from gateway.api import auth, docs, health, machines, members, projects, sessions, tokens, users, workspaces
+from gateway.api import (
+    auth,
+    connections,
+    docs,
+    health,
+    machines,
+    members,
+    projects,
+    sessions,
+    tokens,
+    users,
+    workspaces,
+)
 from gateway.operation import Handler, PathKind, operation_of
 from gateway.realtime import websocket
 
@@ -73,6 +85,10 @@ def operations() -> list[web.RouteDef]:
         _route("POST", f"{V1}/sessions/{{session_id}}/restart", sessions.restart),
         _route("GET", f"{V1}/sessions/{{session_id}}/events", sessions.history),
         _route("GET", f"{V1}/sessions/{{session_id}}/logs", sessions.logs),
+        _route("GET", f"{V1}/channels/{{channel}}/presence", connections.presence),
+        _route("GET", f"{V1}/admin/connections", connections.list_connections),
+        _route("POST", f"{V1}/admin/disconnect", connections.disconnect),
+        _route("POST", f"{V1}/admin/revoke", connections.revoke),
         _route("GET", f"{V1}/providers", machines.providers),
         _route("GET", f"{V1}/machine-configs", machines.machine_configs),
         _route("GET", "/health", health.health),

@@ -140,7 +140,7 @@ class Feed:
                 self._hub.publish(stored)
 
     def obey(self, event_type: str, order: Order) -> None:
-        """Call `order` with the data of each control event of that type. Its KeyError and TypeError say: it is wrong."""
+        """Call `order` with the data of each control event of that type; its KeyError and TypeError: they are wrong."""
         self._orders[event_type] = order
 
     def _obey(self, entry: Entry) -> None:

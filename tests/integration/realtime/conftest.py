@@ -24,6 +24,7 @@ from gateway.realtime.archive import Archive
 from gateway.realtime.feed import Feed
 from gateway.realtime.history import History
 from gateway.realtime.hub import Hub
+from gateway.realtime.replicas import Replicas
 from gateway.settings import GatewaySettings, RealtimeSettings
 from orchestrator.database import UNAVAILABLE, Pool, open_pool
 from orchestrator.eventlog.contract import EventLog
@@ -155,6 +156,7 @@ async def _gateway(pool: Pool, log: EventLog, settings: GatewaySettings) -> Asyn
         Archive(log, history, settings.realtime),
         hub,
         feed,
+        Replicas(log, feed),
         database_timeout=2.0,
     )
     app[CONTEXT] = context
