@@ -24,12 +24,15 @@ import structlog
 from orchestrator.database import backoff
 from orchestrator.errors import LogUnavailable, SettingsError
 from orchestrator.eventlog.contract import Entry, EpochChanged, Truncated
+from orchestrator.eventlog.rabbitmq.consuming import Consumer, DeadLetter, Delivery
+from orchestrator.eventlog.rabbitmq.entries import entry
 from orchestrator.eventlog.rabbitmq.link import NOT_FOUND, Endpoints, Link
+from orchestrator.eventlog.rabbitmq.links import Links
 from orchestrator.eventlog.rabbitmq.publishing import Message, Publisher, Refusal
 from orchestrator.eventlog.rabbitmq.subscription import Subscription
 from orchestrator.eventlog.rabbitmq.topology import DEAD_LETTER, STREAM, Declared, Topology
-from orchestrator.eventlog.rabbitmq.wire import MAX_BODY, Incoming, Lost, Properties, properties
-from orchestrator.events import EXCHANGE, Event, InvalidEnvelope, parse
+from orchestrator.eventlog.rabbitmq.wire import Lost, Properties, properties
+from orchestrator.events import EXCHANGE, Event
 from orchestrator.settings import AmqpSettings
 
 log = structlog.get_logger("rabbitmq")
@@ -40,30 +43,6 @@ _PREFETCH = 1000
 _SKEW = 5.0
 # Own marks whose place is remembered.
 _MARKS = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """A message that nobody can use: it is kept in the queue `cluster-code.dead-letter` with the reason."""
-
-    body: bytes
-    reason: str
-    routing_key: str
-    offset: int
-    event_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """One message from a queue of ours."""
-
-    routing_key: str
-    message_id: str
-    body: bytes
-
-
-class Undeliverable(Exception):
-    """Raised by a handler of `consume`: this message will never do, for the reason given."""
 
 
 @dataclass(slots=True)
@@ -81,7 +60,7 @@ class RabbitLog:
 
     def __init__(self, settings: AmqpSettings, *, name: str, segment_bytes: int | None = None) -> None:
         self.counters = Counters()
-        self._endpoints = Endpoints(settings, name)
+        self._links = Links(Endpoints(settings, name))
         self._topology = Topology(settings, segment_bytes=segment_bytes)
         self._timeout = settings.timeout
         self._epoch = ""
@@ -90,9 +69,6 @@ class RabbitLog:
         self._publisher: Publisher | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._trouble = ""
-        self._closing = asyncio.Event()
-        self._opening: set[asyncio.Task[Link]] = set()
-        self._links: set[Link] = set()
         self._subscriptions: set[Subscription] = set()
         # Who we are among those that put marks into the log, and where ours lie.
         self._marker = f"mark-{uuid4().hex}-"
@@ -201,17 +177,17 @@ class RabbitLog:
                     if found[-1][1].offset - after + 1 != len(found):
                         await self._require_all(subscription.link, after, [each[1].offset + 1 for each in found])
                     after = found[-1][1].offset + 1
-                    if batch := [self._entry(*each, epoch) for each in found if not self._marked(each[1])]:
+                    if batch := [entry(*each, epoch) for each in found if not self._marked(each[1])]:
                         self.counters.read += len(batch)
                         yield batch
             except Lost as error:
-                self._require_open()
+                self._links.require_open()
                 failures += 1
                 self.counters.reconnects += 1
                 log.warning("reading was interrupted", error=str(error), after=after, epoch=epoch)
             finally:
                 self._subscriptions.discard(subscription)
-                await self._give_back(subscription.link)
+                await self._links.give_back(subscription.link)
 
     async def consume(
         self, queue: str, bindings: Sequence[str], handler: Callable[[Delivery], Awaitable[None]]
@@ -224,28 +200,8 @@ class RabbitLog:
         come again. Cancelling leaves the message being handled in the queue. Raises LogUnavailable when the log is
         closed, SettingsError when the queue exists with other arguments.
         """
-        failures = 0
-        while True:
-            link = None
-            try:
-                link = await self._open_link()
-                await self._topology.declare_queue(link, queue, bindings)
-                subscription = await Subscription.open(link, queue, 1)
-                while True:
-                    for delivery in await subscription.take():
-                        failures = 0
-                        if not await self._handled(subscription, delivery, handler):
-                            break
-                        subscription.acknowledge(delivery.tag, at_once=True)
-            except Lost as error:
-                self._require_open()
-                failures += 1
-                self.counters.reconnects += 1
-                log.warning("consuming was interrupted", queue=queue, error=str(error))
-            finally:
-                if link:
-                    await self._give_back(link)
-            await self._pause(failures)
+        consumer = Consumer(self._links, self._topology, self.dead_letter)
+        await consumer.run(queue, bindings, handler)
 
     async def check(self) -> None:
         """Return when RabbitMQ answers and takes messages; raise LogUnavailable, with the reason, when not."""
@@ -262,22 +218,16 @@ class RabbitLog:
 
     async def close(self) -> None:
         """End all readers and consumers, and close all connections. Idempotent."""
-        self._closing.set()
-        tasks = [task for task in (self._connecting, *self._opening) if task]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        for link in list(self._links):
-            link.wire.lose("the event log was closed")
-        for link in list(self._links):
-            await self._give_back(link)
+        if self._connecting:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
+        await self._links.close()
         self._publisher = None
 
     # Publishing. -----------------------------------------------------------------------------------------------------
 
     async def _publish(self, messages: Sequence[Message]) -> None:
-        self._require_open()
+        self._links.require_open()
         publisher = None
         try:
             async with asyncio.timeout(self._timeout):
@@ -309,7 +259,7 @@ class RabbitLog:
     async def _ready(self) -> Publisher:
         """The publisher, once there is one. Raises LogUnavailable when the log is closed."""
         while True:
-            self._require_open()
+            self._links.require_open()
             if self._publisher:
                 if not self._publisher.over:
                     return self._publisher
@@ -326,7 +276,7 @@ class RabbitLog:
             self._trouble = str(error)
             self.counters.reconnects += 1
             log.warning("publishing was interrupted", error=str(error))
-            await self._give_back(publisher.link)
+            await self._links.give_back(publisher.link)
 
     async def _connect(self) -> None:
         failures = 0
@@ -341,11 +291,11 @@ class RabbitLog:
                 await asyncio.sleep(backoff(failures))
 
     async def _open_publisher(self) -> Publisher:
-        link = await self._open_link()
+        link = await self._links.open()
         try:
             return await Publisher.open(link, await self._settle(link))
         except BaseException:
-            await self._give_back(link)
+            await self._links.give_back(link)
             raise
 
     async def _settle(self, link: Link) -> str:
@@ -406,24 +356,24 @@ class RabbitLog:
     async def _subscribe(self, after: int, epoch: str, failures: int) -> Subscription:
         """Consume the stream of this epoch behind an offset, once that can be. Raises EpochChanged, LogUnavailable."""
         while True:
-            await self._pause(failures)
+            await self._links.pause(failures)
             link = None
             try:
-                link = await self._open_link()
+                link = await self._links.open()
                 subscription = await self._consume_from(link, after, epoch)
             except (Lost, SettingsError) as error:
                 failures += 1
                 log.warning("the log cannot be read", error=str(error), failures=failures)
             except BaseException:
                 if link:
-                    await self._give_back(link)
+                    await self._links.give_back(link)
                 raise
             else:
                 if subscription:
                     self._subscriptions.add(subscription)
                     return subscription
             if link:
-                await self._give_back(link)
+                await self._links.give_back(link)
 
     async def _consume_from(self, link: Link, after: int, epoch: str) -> Subscription | None:
         """None: the stream was gone for a moment, and must be looked for again. Raises EpochChanged, Lost."""
@@ -453,110 +403,6 @@ class RabbitLog:
             self._remember(found.offset + 1)
             return True
         return False
-
-    def _entry(self, delivery: Incoming, found: Properties, epoch: str) -> Entry:
-        key, body, offset = delivery.routing_key, delivery.body, found.offset + 1
-        event_id = found.message_id or f"{epoch}-{offset}"
-        invalid = ""
-        if delivery.size > MAX_BODY:
-            invalid = f"a body of {delivery.size} bytes is longer than {MAX_BODY}"
-        elif key == "auth" or key.startswith("auth."):
-            # For other queues than the log's.
-            return Entry(offset, event_id, key, "", body)
-        elif key == STREAM and not body:
-            # The mark of another reader.
-            return Entry(offset, event_id, key, "", body)
-        elif found.encoding and found.encoding.lower() not in ("utf-8", "identity"):
-            invalid = f"a body with the content encoding {found.encoding!r} is not read"
-        else:
-            try:
-                event_type, channel = parse(body)
-                return Entry(offset, event_id, event_type, channel, body)
-            except InvalidEnvelope as error:
-                invalid = str(error)
-        return Entry(offset, event_id, key, "", body, invalid)
-
-    # Consuming. ------------------------------------------------------------------------------------------------------
-
-    async def _handled(
-        self, subscription: Subscription, delivery: Incoming, handler: Callable[[Delivery], Awaitable[None]]
-    ) -> bool:
-        """Handle one message, again and again if need be; False when its connection was lost meanwhile."""
-        found = properties(delivery.properties)
-        given = Delivery(delivery.routing_key, found.message_id, delivery.body)
-        failures = 0
-        while not subscription.ended:
-            try:
-                if delivery.size > MAX_BODY:
-                    raise Undeliverable(f"a body of {delivery.size} bytes is longer than {MAX_BODY}")
-                await handler(given)
-                return True
-            except Undeliverable as error:
-                reason = str(error)
-            except Exception as error:
-                failures += 1
-                log.warning(
-                    "a message could not be handled",
-                    error=str(error) or type(error).__name__,
-                    key=given.routing_key,
-                    failures=failures,
-                    # Once, and not again every few seconds.
-                    exc_info=failures == 1,
-                )
-                await self._pause(failures)
-                continue
-            try:
-                await self.dead_letter([DeadLetter(given.body, reason, given.routing_key, 0, given.message_id)])
-                return True
-            except LogUnavailable as error:
-                failures += 1
-                log.warning("a dead letter could not be put away", error=str(error), failures=failures)
-                await self._pause(failures)
-        return False
-
-    # Connections. ----------------------------------------------------------------------------------------------------
-
-    async def _open_link(self) -> Link:
-        """Raises Lost, LogUnavailable when the log is closed."""
-        self._require_open()
-        task = asyncio.create_task(self._endpoints.open(), name="rabbitmq: open")
-        self._opening.add(task)
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError:
-            task.cancel()
-            await asyncio.wait([task])
-            if not task.cancelled() and not task.exception():
-                await task.result().abandon()
-            raise
-        finally:
-            self._opening.discard(task)
-        if task.cancelled():
-            raise LogUnavailable("the event log is closed")
-        link = task.result()
-        self._links.add(link)
-        if self._closing.is_set():
-            await self._give_back(link)
-        self._require_open()
-        return link
-
-    async def _give_back(self, link: Link) -> None:
-        self._links.discard(link)
-        await link.close()
-
-    def _require_open(self) -> None:
-        if self._closing.is_set():
-            raise LogUnavailable("the event log is closed")
-
-    async def _pause(self, failures: int) -> None:
-        """Back off, unless nothing has failed. Raises LogUnavailable when the log is closed."""
-        if failures and not self._closing.is_set():
-            try:
-                async with asyncio.timeout(backoff(failures)):
-                    await self._closing.wait()
-            except TimeoutError:
-                pass
-        self._require_open()
 
     @asynccontextmanager
     async def _deadline(self, answers: int = 2) -> AsyncGenerator[None, None]:
