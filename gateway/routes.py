@@ -39,6 +39,8 @@ def routes() -> list[web.RouteDef]:
         _route("GET", "/api/openapi.json", docs.document(api, version("cluster-code"))),
         _route("GET", "/api/docs", docs.docs),
         _route("GET", "/api/docs/{name}", docs.asset),
+        _route("GET", "/static/{name}", docs.client),
+        _route("GET", "/events", docs.events),
         _route("GET", "/", docs.home),
     ]
 

@@ -1,4 +1,7 @@
-"""The pages: a landing page, the OpenAPI document, and Swagger UI from the package that brings it, without a CDN."""
+"""The pages: a landing page, live events, the OpenAPI document, Swagger UI from the package that brings it, without a CDN.
+
+And the JavaScript client, which pages of other origins import too.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,13 @@ _ASSETS: dict[str, Path] = {
     "swagger-ui.css": _SWAGGER / "swagger-ui.css",
     "favicon.png": _SWAGGER / "favicon-32x32.png",
 }
+# The client, with its types, and the page that shows what it does.
+_CLIENT: dict[str, tuple[Path, str]] = {
+    "cluster-code.js": (_STATIC / "cluster-code.js", "text/javascript"),
+    "cluster-code.d.ts": (_STATIC / "cluster-code.d.ts", "text/plain"),
+    "events.js": (_STATIC / "events.js", "text/javascript"),
+    "events.css": (_STATIC / "events.css", "text/css"),
+}
 # Swagger UI shows its icons as data: images; the rest comes from here, and nothing may frame or be framed.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -40,6 +50,20 @@ async def home(request: web.Request) -> web.StreamResponse:
 async def docs(request: web.Request) -> web.StreamResponse:
     """Swagger UI on the OpenAPI document."""
     return web.FileResponse(_STATIC / "docs.html", headers=_PAGE_HEADERS)
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """Events as they happen, for people."""
+    return web.FileResponse(_STATIC / "events.html", headers=_PAGE_HEADERS)
+
+
+async def client(request: web.Request) -> web.StreamResponse:
+    """The JavaScript client. Asked for again each time (by ETag), so that it is never older than the gateway."""
+    path, content_type = _CLIENT.get(request.match_info["name"], (None, ""))
+    if path is None:
+        raise web.HTTPNotFound
+    headers = {"Content-Type": f"{content_type}; charset=utf-8", "Cache-Control": "no-cache"}
+    return web.FileResponse(path, headers=headers)
 
 
 async def asset(request: web.Request) -> web.StreamResponse:

@@ -7,7 +7,7 @@ import pytest
 from tests.integration.gateway.conftest import Api
 
 
-@pytest.mark.parametrize("path", ["/", "/api/docs"])
+@pytest.mark.parametrize("path", ["/", "/api/docs", "/events"])
 async def test_a_page_loads_only_what_this_server_has(api: Api, path: str) -> None:
     page = await api.call("GET", path)
     assert page.status == 200
@@ -29,6 +29,20 @@ async def test_a_page_loads_only_what_this_server_has(api: Api, path: str) -> No
 async def test_nothing_else_is_served(api: Api) -> None:
     for name in ("index.html", "swagger-ui.js.map", "..%2Fapp.py", "%2e%2e", "docs.js%00"):
         assert (await api.call("GET", f"/api/docs/{name}")).status == 404
+
+    for name in ("events.html", "package.json", "..%2Fapi%2Fdocs.py"):
+        assert (await api.call("GET", f"/static/{name}")).status == 404
+
+
+async def test_the_client_is_a_module_that_is_asked_for_again(api: Api) -> None:
+    script = await api.call("GET", "/static/cluster-code.js")
+    assert script.headers["Content-Type"] == "text/javascript; charset=utf-8"
+    assert script.headers["Cache-Control"] == "no-cache"
+    assert b"export class ClusterCode " in script.body
+    again = await api.call("GET", "/static/cluster-code.js", headers={"If-None-Match": script.headers["ETag"]})
+    assert again.status == 304
+    types = await api.call("GET", "/static/cluster-code.d.ts")
+    assert types.headers["Content-Type"] == "text/plain; charset=utf-8"
 
 
 async def test_the_document_is_served_as_json(api: Api) -> None:
