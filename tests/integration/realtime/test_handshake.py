@@ -6,7 +6,7 @@ import time
 import pytest
 
 from gateway.problems import Problem
-from gateway.realtime.websocket import require_origin
+from gateway.realtime.admission import require_origin
 from tests.integration.realtime.conftest import Gateway, Stage
 
 
