@@ -1,6 +1,6 @@
-"""The pages: a landing page, live events, the OpenAPI document, Swagger UI from the package that brings it, without a CDN.
+"""The pages: a landing page, live events, the OpenAPI document, and Swagger UI from the package that brings it.
 
-And the JavaScript client, which pages of other origins import too.
+Nothing comes from a CDN. And the JavaScript client, which pages of other origins import too.
 """
 
 from __future__ import annotations

@@ -132,8 +132,8 @@ class Attempt {
   timers = new Set();
   /** @type {any} */
   socket = null;
-  /** The channels that its URL names. @type {string[]} */
-  asked = [];
+  /** The channels that its URL names. @type {Map<string, Channel>} */
+  asked = new Map();
   /** When `connected` came; 0 before. */
   since = 0;
   heard = 0;
@@ -239,15 +239,10 @@ export class ClusterCode {
     const own = (event) => handler(event);
     entry.handlers.add(own);
     return () => {
-      if (entry.handlers.delete(own) && !entry.handlers.size && this.#channels.get(channel) === entry) {
-        this.#channels.delete(channel);
-        this.#keep();
-        const attempt = this.#attempt;
-        if (!attempt?.since || channel === attempt.own) return;
-        const id = String(++this.#ids);
-        attempt.leaving.set(channel, id);
-        attempt.send({ action: "unsubscribe", channel, id });
-      }
+      if (!entry.handlers.delete(own) || entry.handlers.size || this.#channels.get(channel) !== entry) return;
+      this.#channels.delete(channel);
+      this.#keep();
+      if (this.#attempt?.since) this.#unsubscribe(this.#attempt, channel);
     };
   }
 
@@ -270,7 +265,7 @@ export class ClusterCode {
     const reload = async () => {
       stop();
       const { signal } = (controller = new AbortController());
-      waiting = [];
+      waiting ??= [];
       try {
         await load({ signal });
       } catch (cause) {
@@ -280,14 +275,18 @@ export class ClusterCode {
       }
       if (signal.aborted) return;
       failures = 0;
-      const late = waiting;
+      const late = waiting ?? [];
       waiting = null;
       for (const event of late) this.#call(apply, event);
     };
     const ends = [
       stop,
       this.on("state", ({ state }) => void ((state === "closed" || state === "stopped") && stop())),
-      this.on("subscribed", (to) => void (to.channel === channel && (waiting || !to.recovered) && reload())),
+      this.on("subscribed", ({ channel: to, recovered }) => {
+        if (to !== channel) return;
+        if (!recovered) waiting = [];
+        if (waiting) void reload();
+      }),
       this.subscribe(channel, (event) => void (waiting ? waiting.push(event) : apply(event))),
     ];
     if (this.#attempt?.since && this.#channels.get(channel)?.settled) void reload();
@@ -331,6 +330,14 @@ export class ClusterCode {
     attempt.send({ action: "subscribe", channel, id: entry.id, ...(entry.since && { since: entry.since }) });
   }
 
+  /** @param {Attempt} attempt @param {string} channel */
+  #unsubscribe(attempt, channel) {
+    if (channel === attempt.own) return;
+    const id = String(++this.#ids);
+    attempt.leaving.set(channel, id);
+    attempt.send({ action: "unsubscribe", channel, id });
+  }
+
   /** Begin an attempt, when one is wanted and nothing of the last one is left. */
   #go() {
     if (!this.#wanted || this.#paused || this.#attempt || this.#closing || this.#wait !== undefined) return;
@@ -357,12 +364,12 @@ export class ClusterCode {
     url.protocol = url.protocol.replace("http", "ws");
     if (this.#position) url.searchParams.set("since", this.#position);
     const along = [...this.#channels].filter(([, { settled, since }]) => settled || since === this.#position);
-    const names = along.map(([name]) => name);
+    const names = along.map(([name]) => name).join();
     // One channel that is refused has the whole handshake refused, and browsers do not say why: now and then they are
     // asked for one by one, after it. That keeps the order of each channel, and not the order across them.
-    if (names.length && names.join().length <= LONGEST_QUERY && this.#refusals % 3 !== 2) {
-      url.searchParams.set("channels", names.join());
-      attempt.asked = names;
+    if (names && names.length <= LONGEST_QUERY && this.#refusals % 3 !== 2) {
+      url.searchParams.set("channels", names);
+      attempt.asked = new Map(along);
     }
     try {
       attempt.socket = new (this.#options.WebSocket ?? WebSocket)(url.href, ["cluster-code.v1", `bearer.${token}`]);
@@ -442,8 +449,12 @@ export class ClusterCode {
     this.#connectedOnce = true;
     this.#refusals = 0;
     this.#position = data.position;
+    for (const [name, entry] of attempt.asked) {
+      // Left meanwhile, and perhaps taken again.
+      if (this.#channels.get(name) !== entry) this.#unsubscribe(attempt, name);
+    }
     for (const [name, entry] of this.#channels) {
-      if (attempt.asked.includes(name)) {
+      if (attempt.asked.get(name) === entry) {
         const seen = Math.max(data.recovered ? entry.seen : 0, offsetOf(data.position));
         Object.assign(entry, { settled: true, since: null, seen });
       } else {
@@ -452,7 +463,8 @@ export class ClusterCode {
       }
     }
     this.#tell("connected");
-    this.#attached([...new Set([own, ...attempt.asked])], data.position, data.recovered);
+    const attached = [...attempt.asked.keys()].filter((name) => name !== own && this.#channels.get(name)?.settled);
+    this.#attached([own, ...attached], data.position, data.recovered);
   }
 
   /** @param {string[]} channels @param {string} position @param {boolean} recovered */
