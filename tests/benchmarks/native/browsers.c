@@ -51,7 +51,7 @@ struct connection {
 
 static struct connection *connections;
 static uint32_t lines, opened, oldest, open_now, under_way, to_open, at_once;
-static int ep, publisher = -1, timer = -1, port, publish_port, http, own, greeted;
+static int ep, publisher = -1, timer = -1, port, publish_port, http, own, greeted, spinning;
 
 static enum { NOTHING, OPENING_UP, CLOSED, PACED, LISTENING } command;
 static double until, patience;
@@ -487,6 +487,7 @@ int main(int count, char **given) {
     http = !strcmp(given[3], "http");
     own = !strcmp(given[4], "own");
     greeted = !strcmp(given[5], "greeted");
+    spinning = sysconf(_SC_NPROCESSORS_ONLN) > 1;
     read_paths(given[6]);
     numbers = calloc(lines + 1, sizeof *numbers);
     counted = calloc(RING, sizeof *counted);
@@ -500,7 +501,10 @@ int main(int count, char **given) {
     }
     for (;;) {
         struct epoll_event ready[EVENTS];
-        int many = epoll_wait(ep, ready, EVENTS, command == NOTHING ? -1 : 100);
+        /* Publishing, it never sleeps: browsers are elsewhere, and no server should pay for waking them, the slower ones
+           more often. */
+        int patient = command == NOTHING ? -1 : spinning && (command == CLOSED || command == PACED) ? 0 : 100;
+        int many = epoll_wait(ep, ready, EVENTS, patient);
         for (int place = 0; place < many; place++) {
             uint32_t who = ready[place].data.u32;
             if (who == STDIN) read_commands();
