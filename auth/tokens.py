@@ -67,8 +67,8 @@ class ShortGrant:
     channels: tuple[str, ...] | None
     # Unix seconds at which the main token behind it ends; None: it never does.
     expires_at: float | None
-    # The short token's own id.
-    jti: UUID
+    # The short token's own id; None: a main token was shown instead.
+    jti: UUID | None = None
 
 
 class _PreparedHmac(HMACAlgorithm):

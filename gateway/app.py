@@ -26,6 +26,7 @@ from gateway.realtime.feed import Feed
 from gateway.realtime.history import History
 from gateway.realtime.hub import Hub
 from gateway.realtime.replicas import Replicas
+from gateway.realtime.sse import Encoder
 from gateway.routes import routes
 from gateway.settings import GatewaySettings
 from orchestrator.database import Pool, require_schema
@@ -70,6 +71,7 @@ def build(
         hub=hub,
         feed=feed,
         replicas=replicas,
+        encoder=Encoder(history),
         database_timeout=database_settings.timeout,
     )
     app = web.Application(middlewares=[edge(settings)], client_max_size=settings.body_limit)

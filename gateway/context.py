@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gateway.realtime.history import History
     from gateway.realtime.hub import Hub
     from gateway.realtime.replicas import Replicas
+    from gateway.realtime.sse import Encoder
     from gateway.settings import GatewaySettings
     from orchestrator.database import Pool
     from orchestrator.eventlog.contract import EventLog
@@ -32,6 +33,7 @@ class Context:
     hub: Hub
     feed: Feed
     replicas: Replicas
+    encoder: Encoder
     # Seconds that a request waits for a connection of the pool before it is told 503.
     database_timeout: float = 5.0
 

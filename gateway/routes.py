@@ -21,7 +21,7 @@ from gateway.api import (
     workspaces,
 )
 from gateway.operation import Handler, PathKind, operation_of
-from gateway.realtime import websocket
+from gateway.realtime import sse, websocket
 
 V1 = "/api/v1"
 
@@ -35,6 +35,7 @@ def routes() -> list[web.RouteDef]:
         _route("POST", "/auth", auth.swap),
         _route("GET", f"{V1}/health", health.health),
         _route("GET", "/ws", websocket.handle),
+        _route("GET", f"{V1}/events", sse.handle, allow_head=False),
         _route("GET", "/metrics", health.metrics),
         _route("GET", "/api/openapi.json", docs.document(api, version("cluster-code"))),
         _route("GET", "/api/docs", docs.docs),

@@ -225,15 +225,16 @@ class Hub:
         self.bytes += number * size
         return number
 
-    def stalled(self, connection: Connection) -> None:
+    def stalled(self, connection: Connection, written: int | None = None) -> None:
         """The transport holds more than it should: called from within the write that was too much.
 
-        While the connection catches up, that is the replay's affair.
+        `written` is the size of that write where it is not the hub's own buffer. While the connection catches up, that
+        is the replay's affair.
         """
         if connection.live:
             held = connection.transport.get_write_buffer_size()
             # A buffer that holds nothing older than this very write says nothing about the client's speed.
-            self._slow[connection] = held if held <= self._writing else 0
+            self._slow[connection] = held if held <= (self._writing if written is None else written) else 0
 
     def _drop_slow(self) -> None:
         for connection, allowed in tuple(self._slow.items()):

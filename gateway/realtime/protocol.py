@@ -7,7 +7,7 @@ wrong UTF-8 and nesting beyond 1,024 levels by itself, so every string that come
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -182,6 +182,19 @@ def payload_of(framed: bytes) -> bytes:
     """What `frame` was given."""
     length = framed[1]
     return framed[2 if length < 126 else 4 if length == 126 else 10 :]
+
+
+def frames_of(framed: bytes) -> Iterator[tuple[int, bytes]]:
+    """The opcode and the payload of each frame that `frame`, `control` and the like have made, one behind the other."""
+    place = 0
+    while place < len(framed):
+        length = framed[place + 1]
+        begin = place + 2
+        if length >= 126:
+            begin += 2 if length == 126 else 8
+            length = int.from_bytes(framed[place + 2 : begin], "big")
+        yield framed[place] & 0x0F, framed[begin : begin + length]
+        place = begin + length
 
 
 def array_frame(payloads: Iterable[bytes]) -> bytes:

@@ -19,12 +19,13 @@ from auth.permissions import Identity
 from auth.tokens import Tokens, TokenSettings
 from gateway.context import CONTEXT, Context
 from gateway.problems import Problem
-from gateway.realtime import websocket
+from gateway.realtime import sse, websocket
 from gateway.realtime.archive import Archive
 from gateway.realtime.feed import Feed
 from gateway.realtime.history import History
 from gateway.realtime.hub import Hub
 from gateway.realtime.replicas import Replicas
+from gateway.realtime.sse import Encoder
 from gateway.settings import GatewaySettings, RealtimeSettings
 from orchestrator.database import UNAVAILABLE, Pool, open_pool
 from orchestrator.eventlog.contract import EventLog
@@ -157,10 +158,12 @@ async def _gateway(pool: Pool, log: EventLog, settings: GatewaySettings) -> Asyn
         hub,
         feed,
         Replicas(log, feed),
+        Encoder(history),
         database_timeout=2.0,
     )
     app[CONTEXT] = context
     app.router.add_get("/ws", websocket.handle)
+    app.router.add_get("/api/v1/events", sse.handle, allow_head=False)
     async with no_task_left():
         task = asyncio.create_task(feed.run(), name="feed under test")
         server = TestServer(app)
