@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -194,7 +195,14 @@ class Broker:
         await self._settle()
 
     async def kill(self) -> None:
-        """End it with SIGKILL, as a crash does. The data stays. Idempotent."""
+        """End it with SIGKILL, as a crash does. The data stays, and what was declared before the call. Idempotent."""
+        if self._processes:
+            # A frozen one cannot be waited for.
+            with suppress(aiohttp.ClientError, TimeoutError):
+                await self._wrote_down()
+        await self._end_processes()
+
+    async def _end_processes(self) -> None:
         for process in reversed(self._processes):
             process.kill()
         for process in self._processes:
@@ -206,11 +214,11 @@ class Broker:
         if self._processes:
             self._processes[-1].terminate()
             await _ended(self._processes[-1], 60)
-        await self.kill()
+        await self._end_processes()
 
     async def stop(self) -> None:
         """Kill it and remove its data. Idempotent."""
-        await self.kill()
+        await self._end_processes()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def wipe(self) -> None:
@@ -330,6 +338,19 @@ log.file.level = warning
 
         await eventually(written, within=BOOT_DEADLINE)
         await self.server.delete_queue("/", "first-stream")
+
+    async def _wrote_down(self) -> None:
+        """Wait until all that was declared is on disk, which RabbitMQ (by Mnesia) does not wait for itself."""
+        name = f"written-{random.getrandbits(64)}"
+        async with asyncio.timeout(5):
+            await self.server.call("PUT", f"users/{name}", {"password": "", "tags": ""})
+
+        async def written() -> bool:
+            # It is one log for everything, whose parts go to a file a table.
+            found = [path for kind in ("LOG", "DCL", "DCD") for path in self._folder.glob(f"mnesia/*/*.{kind}")]
+            return any(name.encode() in path.read_bytes() for path in found if path.exists())
+
+        await eventually(written, within=10)
 
     def _last_words(self) -> str:
         return " ".join((self._folder / "output").read_text(errors="replace").split())[-600:]
