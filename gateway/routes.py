@@ -38,6 +38,7 @@ def routes() -> list[web.RouteDef]:
         _route("GET", f"{V1}/events", sse.handle, allow_head=False),
         _route("GET", "/metrics", health.metrics),
         _route("GET", "/api/openapi.json", docs.document(api, version("cluster-code"))),
+        _route("GET", "/api/asyncapi.yaml", docs.asyncapi),
         _route("GET", "/api/docs", docs.docs),
         _route("GET", "/api/docs/{name}", docs.asset),
         _route("GET", "/static/{name}", docs.client),

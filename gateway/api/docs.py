@@ -74,6 +74,12 @@ async def asset(request: web.Request) -> web.StreamResponse:
     return web.FileResponse(path, headers={"Cache-Control": "public, max-age=3600"})
 
 
+async def asyncapi(request: web.Request) -> web.StreamResponse:
+    """The AsyncAPI document: the WebSocket, server-sent events, and publishing from other services."""
+    headers = {"Content-Type": "application/yaml", "Cache-Control": "no-cache"}
+    return web.FileResponse(_STATIC / "asyncapi.yaml", headers=headers)
+
+
 def document(routes: Iterable[web.RouteDef], version: str) -> Callable[[web.Request], Awaitable[web.Response]]:
     """A handler that answers the OpenAPI document, which is made at the first request."""
     made: list[bytes] = []

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from tests import asyncapi
 from tests.integration.gateway.conftest import Api
 
 
@@ -49,3 +50,11 @@ async def test_the_document_is_served_as_json(api: Api) -> None:
     answer = await api.call("GET", "/api/openapi.json")
     assert answer.json["openapi"] == "3.1.0"
     assert answer.body == (await api.call("GET", "/api/openapi.json")).body
+
+
+async def test_the_asyncapi_document_is_served_and_linked(api: Api) -> None:
+    answer = await api.call("GET", "/api/asyncapi.yaml")
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "application/yaml")
+    assert answer.body == asyncapi.PATH.read_bytes()
+    for page in ("/", "/api/docs"):
+        assert b'href="/api/asyncapi.yaml"' in (await api.call("GET", page)).body

@@ -1,0 +1,108 @@
+"""What a gateway really sends is what docs/asyncapi.yaml describes, to the last key."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+import orjson
+
+from gateway.realtime.protocol import CloseCode
+from orchestrator.eventlog import outbox
+from orchestrator.events import Event, session_channel
+from orchestrator.logs import _event, _Line
+from tests import asyncapi
+from tests.integration.gateway.conftest import Api, Person
+
+
+async def short_token(api: Api, who: Person) -> str:
+    return (await api.call("POST", "/api/v1/auth", who)).json["short_token"]
+
+
+async def carry(api: Api) -> None:
+    """Do the work of the orchestrator's relay."""
+    async with api.pool.acquire() as connection:
+        while await outbox.relay_batch(connection, api.context.log):
+            pass
+
+
+async def make_everything_happen(api: Api, owner: Person, other: Person) -> int:
+    """Everything that is told on a workspace's channel, in a new workspace; its session."""
+    workspace = (await api.call("POST", "/api/v1/workspaces", owner, {"name": "team"})).json["id"]
+    at = f"/api/v1/workspaces/{workspace}"
+    await api.call("PUT", at, owner, {"name": "crew"})
+    await api.call("POST", f"{at}/members", owner, {"user_id": other.id, "role": "viewer"})
+    await api.call("PUT", f"{at}/members/{other.id}", owner, {"role": "member"})
+    await api.call("DELETE", f"{at}/members/{other.id}", owner)
+    for _ in range(2):
+        made = (await api.call("POST", "/api/v1/projects", owner, {"name": "site", "workspace_id": workspace})).json
+        await api.call("PUT", f"/api/v1/projects/{made['id']}", owner, {"name": "app"})
+    session = await api.session(owner, made)
+    gone = (await api.call("POST", "/api/v1/workspaces", owner, {"name": "gone"})).json["id"]
+    spare = (await api.call("POST", "/api/v1/projects", owner, {"name": "site", "workspace_id": gone})).json["id"]
+    assert (await api.call("DELETE", f"/api/v1/projects/{spare}", owner)).status == 204
+    assert (await api.call("DELETE", f"/api/v1/workspaces/{gone}", owner)).status == 204
+    return int(session["id"])
+
+
+def notice(session_id: int) -> Event:
+    """A line of output, as the orchestrator tells it."""
+    return _event(_Line(session_id, datetime(2026, 3, 1, tzinfo=UTC), "preview", "stdout", "listening"))
+
+
+async def test_everything_that_is_sent_is_described(api: Api, root: Person, ann: Person, bob: Person) -> None:
+    sent: list[dict[str, Any]] = []
+    async with AsyncExitStack() as stack:
+        query = {"token": await short_token(api, root), "channels": "app:1,broadcast", "batch": "1"}
+        websocket = await stack.enter_async_context(api.client.ws_connect("/ws", params=query))
+        query = {"token": await short_token(api, root), "channels": "app:1"}
+        stream = await stack.enter_async_context(api.client.get("/api/v1/events", params=query))
+        session = await make_everything_happen(api, root, bob)
+        await carry(api)
+        since = f"{api.context.log.epoch}:0"
+        workspaces = [row["id"] for row in await api.fetch("SELECT id FROM workspaces")]
+        actions: list[Any] = [
+            {"action": "ping", "id": "a"},
+            {"action": "subscribe", "channel": f"session:{session}", "since": since, "id": "b"},
+            *({"action": "subscribe", "channel": f"workspace:{number}", "since": since} for number in workspaces),
+            {"action": "unsubscribe", "channel": "broadcast"},
+            {"action": "subscribe", "channel": "nonsense"},
+            {"action": "subscribe", "channel": "session:999", "id": "c"},
+            {"action": "unsubscribe", "channel": f"user:{root.id}"},
+            {"action": "refresh", "token": "nonsense"},
+            {"action": "refresh", "token": await short_token(api, root)},
+            {"action": "dance"},
+            [1],
+        ]
+        for action in actions:
+            await websocket.send_str(orjson.dumps(action).decode())
+        await api.context.log.publish([notice(session), Event("build.done", "app:1", {"image": "x"})])
+        # Of another service, which may send anything: only the envelope is sure.
+        await api.context.log.publish([Event("build.log", "app:1", "text")])  # type: ignore[arg-type]
+        await websocket.send_str('{"action":"ping","id":"last"}')
+        while not (sent and sent[-1]["data"] == {"id": "last"}):
+            read = orjson.loads(await websocket.receive_str(timeout=20))
+            sent += read if isinstance(read, list) else [read]
+        assert session_channel(session) in {message["channel"] for message in sent}
+
+        for one in tuple(api.context.hub.connections.values()):
+            one.expires_at = time.time() + 20
+            one.due = 0.0
+        assert (await websocket.receive_json(timeout=20))["event_type"] == "expiring"
+        api.context.hub.close_all(CloseCode.RECONNECT)
+        assert (await websocket.receive(timeout=20)).type is aiohttp.WSMsgType.CLOSE
+        body = await stream.read()
+    told = [orjson.loads(line[6:]) for line in body.split(b"\n") if line.startswith(b"data: ")]
+    assert [message["event_type"] for message in told][:1] == ["connected"]
+    assert [message["event_type"] for message in told][-2:] == ["expiring", "closing"]
+    described = {asyncapi.check_sent(message) for message in sent + told}
+    schemas = asyncapi.document()["components"]["schemas"].items()
+    assert described == {name for name, one in schemas if "event_type" in one.get("properties", {})} - {"Publication"}
+    codes = {message["data"]["code"] for message in sent if message["event_type"] == "error"}
+    assert codes == {"unknown_channel", "not_found", "forbidden", "token_invalid", "unknown_action", "malformed"}
+    for action in actions[:-2]:
+        if action.get("channel") != "nonsense":
+            asyncapi.validator(action["action"].capitalize()).validate(action)
