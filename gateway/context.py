@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+
+from auth.redemptions import Redemptions
 
 if TYPE_CHECKING:
     from auth.tokens import Tokens
@@ -36,6 +38,10 @@ class Context:
     encoder: Encoder
     # Seconds that a request waits for a connection of the pool before it is told 503.
     database_timeout: float = 5.0
+    redemptions: Redemptions = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "redemptions", Redemptions(self.pool, self.tokens, self.database_timeout))
 
 
 CONTEXT = web.AppKey("context", Context)

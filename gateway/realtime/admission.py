@@ -61,35 +61,47 @@ def require_way_in(request: web.Request) -> None:
 
 
 async def admit(request: web.Request, redeem: Redeem) -> Admission:
-    """Believe the token, check the channels, and count the connection: what is admitted is to be begun or given back
-    (`hub.leave`).
-
-    Raises Problem, auth.errors or what is in `orchestrator.database.UNAVAILABLE` for one that is refused.
-    """
+    """Believe the token, then as `admit_bearer`."""
     context = request.app[CONTEXT]
-    hub = context.hub
-    generation = hub.generation
+    generation = context.hub.generation
     async with context.pool.acquire(timeout=context.database_timeout) as sql:
         grant = await redeem(sql)
-        if not has_scope(grant.identity, Scope.READ):
-            raise Forbidden(f"This token lacks the scope {Scope.READ.value!r} that connecting takes.")
-        standing = await authorization.standing(sql, grant.identity.user_id)
-        if standing is None:
-            raise Unauthenticated("The account of this token is gone or disabled.")
-        channels = _channels(request, grant.identity, context.settings.realtime.channels_per_connection)
-        refused = await authorization.refusals(sql, grant.identity, channels, grant.channels)
+    return await admit_bearer(request, grant, generation)
+
+
+async def admit_bearer(request: web.Request, grant: ShortGrant, generation: int) -> Admission:
+    """Check the channels, and count the connection: what is admitted is to be begun or given back (`hub.leave`).
+
+    `generation` is the hub's before the token was redeemed. Raises Problem, auth.errors or what is in
+    `orchestrator.database.UNAVAILABLE` for one that is refused.
+    """
+    context = request.app[CONTEXT]
+    hub, identity = context.hub, grant.identity
+    if not has_scope(identity, Scope.READ):
+        raise Forbidden(f"This token lacks the scope {Scope.READ.value!r} that connecting takes.")
+    channels = _channels(request, identity, context.settings.realtime.channels_per_connection)
+    refused, asked = authorization.decide_all_alone(identity, channels, grant.channels)
+    valid_from = grant.valid_from
+    if asked or valid_from is None:
+        async with context.pool.acquire(timeout=context.database_timeout) as sql:
+            if valid_from is None:
+                standing = await authorization.standing(sql, identity.user_id)
+                if standing is None:
+                    raise Unauthenticated("The account of this token is gone or disabled.")
+                valid_from = standing.valid_from
+            refused |= await authorization.refusals(sql, identity, asked, grant.channels)
     if refused:
         name, error = next(iter(refused.items()))
         raise Problem(403, f"Subscribing to {name[:200]!r} is refused: {error}", errors={"channels": [str(error)]})
     # Draining may have begun meanwhile.
     _require_service(context)
-    if not hub.admit(grant.identity.user_id):
+    if not hub.admit(identity.user_id):
         raise Problem(
             429,
             f"This user has {context.settings.realtime.connections_per_user} connections already: close one.",
             headers={"Retry-After": _RETRY_LIMIT},
         )
-    return Admission(grant, standing.valid_from, channels, generation)
+    return Admission(grant, valid_from, channels, generation)
 
 
 def begin(context: Context, connection: Connection, stream: Stream, generation: int, since: str | None) -> None:

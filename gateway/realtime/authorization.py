@@ -112,6 +112,21 @@ async def may_subscribe(
         raise refused[name]
 
 
+def decide_all_alone(
+    identity: Identity, names: Iterable[str], narrowed: Collection[str] | None = None
+) -> tuple[dict[str, AuthError], list[str]]:
+    """What can be decided of the channels without the database: those refused, with the reason, and those to ask it."""
+    refused: dict[str, AuthError] = {}
+    asked: list[str] = []
+    for name in names:
+        try:
+            if decide_alone(identity, name, narrowed) is not None:
+                asked.append(name)
+        except AuthError as error:
+            refused[name] = error
+    return refused, asked
+
+
 async def refusals(
     connection: Connection, identity: Identity, names: Iterable[str], narrowed: Collection[str] | None = None
 ) -> dict[str, AuthError]:

@@ -21,7 +21,9 @@ async def handle(request: web.Request) -> web.StreamResponse:
     admission.require_way_in(request)
     upgrade.require_handshake(request)
     token = _token(request)
-    admitted = await admission.admit(request, lambda sql: context.tokens.redeem_short(sql, token))
+    generation = context.hub.generation
+    grant = await context.redemptions.redeem(token)
+    admitted = await admission.admit_bearer(request, grant, generation)
     try:
         answer = await upgrade.accept(request)
         transport, early = upgrade.take_over(request)

@@ -275,14 +275,14 @@ async def test_a_handshake_that_a_drain_overtakes_is_refused_or_closed(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user = await stage.user("ann")
-    redeem = stage.context.tokens.redeem_short
+    redeem = stage.context.tokens.redeem_many
 
     async def drained_meanwhile(*arguments: object) -> object:
         grant = await redeem(*arguments)  # type: ignore[arg-type]
         stage.hub.draining = True
         return grant
 
-    monkeypatch.setattr(stage.context.tokens, "redeem_short", drained_meanwhile)
+    monkeypatch.setattr(stage.context.tokens, "redeem_many", drained_meanwhile)
     assert (await stage.refused(params={"token": stage.tokens.issue_short(user)}))[0] == 503
     stage.hub.draining = False
     admit = stage.hub.admit

@@ -110,7 +110,7 @@ async def test_a_keep_alive_connection_may_upgrade_after_other_requests(gateway:
 async def test_a_client_that_goes_during_the_handshake_leaves_nothing(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    redeem = stage.context.tokens.redeem_short
+    redeem = stage.context.tokens.redeem_many
     begun, go = asyncio.Event(), asyncio.Event()
 
     async def held(*arguments: object) -> object:
@@ -118,7 +118,7 @@ async def test_a_client_that_goes_during_the_handshake_leaves_nothing(
         await go.wait()
         return await redeem(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage.context.tokens, "redeem_short", held)
+    monkeypatch.setattr(stage.context.tokens, "redeem_many", held)
     assert stage.server.runner is not None
     assert stage.server.runner.server is not None
     _, writer = await opened(stage)
