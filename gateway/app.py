@@ -141,9 +141,19 @@ async def _feed_running(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _follow(context: Context) -> None:
-    async with asyncio.TaskGroup() as group:
-        group.create_task(context.feed.run(), name="gateway: feed")
-        group.create_task(context.replicas.run(), name="gateway: replicas")
+    """Follow the log, and be one of the replicas. Ends when one of the two does, and raises what has ended it."""
+    tasks = [
+        asyncio.create_task(context.feed.run(), name="gateway: feed"),
+        asyncio.create_task(context.replicas.run(), name="gateway: replicas"),
+    ]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 def _tell_end(feed: asyncio.Task[None]) -> None:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import aiohttp
 import pytest
@@ -21,12 +22,15 @@ from auth.tokens import TokenSettings
 from gateway.api import users
 from gateway.app import FEED, Outside, build, listening, until_failure
 from gateway.context import CONTEXT
+from gateway.realtime.hub import Hub
+from gateway.settings import RealtimeSettings
 from orchestrator.database import Pool
 from orchestrator.errors import SchemaOutdated, SettingsError
 from orchestrator.eventlog.memory import MemoryLog
 from orchestrator.settings import DatabaseSettings
 from tests.conftest import no_task_left
 from tests.integration.gateway.conftest import SECRET, SETTINGS, Api, Person, Serve
+from tests.unit.realtime.wire import Wire, connection, join
 
 
 @asynccontextmanager
@@ -53,7 +57,7 @@ async def test_an_older_schema_is_told_before_anybody_is_served(
 ) -> None:
     await asyncio.to_thread(migrations.rollback, database_settings.url)
     async with no_task_left(), application(pool, database_settings) as app:
-        with pytest.raises(SchemaOutdated, match=r"lacks 1 migration\(s\), from 0003\.outbox on: run `cluster"):
+        with pytest.raises(SchemaOutdated, match=r"lacks 1 migration\(s\), from 0004\.revocation on: run `cluster"):
             async with listening(app, app[CONTEXT].settings):
                 pytest.fail("it listens")
 
@@ -164,10 +168,41 @@ async def test_a_drain_that_takes_too_long_is_cut_short(
 ) -> None:
     async with application(pool, database_settings, shutdown_grace=0.05) as app:
         monkeypatch.setattr(app[CONTEXT].hub, "drain", asyncio.Event().wait)
+        monkeypatch.setattr(Hub, "drain_seconds", 0.0)
         with capture_logs() as logs:
             async with asyncio.timeout(5), listening(app, app[CONTEXT].settings):
                 pass
     assert "some connections did not end in time" in [one["event"] for one in logs]
+
+
+async def test_a_drain_gets_the_time_that_its_connections_need(
+    pool: Pool, database_settings: DatabaseSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.realtime.hub.CLOSE_TIMEOUT", 0.1)
+    realtime = RealtimeSettings(drain_rate=100)
+    async with application(pool, database_settings, shutdown_grace=0.2, realtime=realtime) as app:
+        hub, wires = app[CONTEXT].hub, [Wire() for _ in range(100)]
+        with capture_logs() as logs:
+            async with listening(app, app[CONTEXT].settings):
+                for wire in wires:
+                    one = join(hub, connection("session:1", wire=wire))
+                    wire.on_write = partial(asyncio.get_running_loop().call_soon, hub.end, one)
+    # Five times as long as the grace.
+    assert [wire.close_code for wire in wires] == [4001] * 100
+    assert "some connections did not end in time" not in [one["event"] for one in logs]
+
+
+async def test_a_replica_that_breaks_ends_the_process_too(
+    pool: Pool, database_settings: DatabaseSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail() -> None:
+        raise RuntimeError("no replica")
+
+    async with application(pool, database_settings) as app:
+        monkeypatch.setattr(app[CONTEXT].replicas, "run", fail)
+        async with no_task_left(), listening(app, app[CONTEXT].settings):
+            with pytest.raises(RuntimeError, match="no replica"):
+                await until_failure(app)
 
 
 async def test_the_end_of_the_feed_is_told_and_raised(
