@@ -190,9 +190,9 @@ async def listening(app: web.Application, settings: GatewaySettings) -> AsyncIte
             await web.TCPSite(runner, settings.host, settings.port, reuse_address=True, backlog=1024).start()
         except OSError as error:
             raise SettingsError(_cannot_listen(settings, error)) from error
-        garbage.settle()
         try:
-            yield int(runner.addresses[0][1])
+            with garbage.settled():
+                yield int(runner.addresses[0][1])
         finally:
             # Still listening: who comes now is told (503), and finds another replica.
             await _drain(app)
