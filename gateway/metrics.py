@@ -130,11 +130,18 @@ class _Readings(Collector):
         archive = self._context.archive
         yield _counter("replays", "Replays from the log, of what the history had dropped.", archive.replays)
         yield _gauge("replays_running", "Those under way.", archive.reading)
-        yield _gauge("connections", "Open WebSocket connections.", len(hub.connections))
+        yield _gauge("connections", "Open connections of both kinds.", len(hub.connections))
+        streams = sum(one.kind == "sse" for one in hub.connections.values())
+        yield _gauge("event_streams", "Those of them that get server-sent events.", streams)
+        yield _gauge("drain_seconds", "How long a drain would take that began now.", hub.drain_seconds)
         yield _gauge("connected_users", "Users that have one.", len(hub.by_user))
         yield _counter("deliveries", "Events handed to connections.", hub.deliveries)
         yield _counter("frames", "WebSocket frames written for them.", hub.frames)
         yield _counter("delivered_bytes", "Bytes written for them.", hub.bytes)
+        replicas = self._context.replicas
+        yield _gauge("replicas", "Gateways that live, as far as this one knows, with itself.", len(replicas.alive))
+        yield _counter("questions", "Questions that this gateway has asked all replicas.", replicas.asked)
+        yield _counter("questions_incomplete", "Those that some replica did not answer in time.", replicas.incomplete)
         closes = CounterMetricFamily("cluster_code_closes", "Connections that ended, by close code.", labels=["code"])
         for code, number in hub.closes.items():
             closes.add_metric([str(code)], number)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gateway.realtime import protocol
+from auth.tokens import STREAM_LIFE
+from gateway.realtime import inquiries, protocol, replicas, sse
 from gateway.realtime.protocol import REASONS, CloseCode
+from gateway.routes import routes
 from gateway.settings import RealtimeSettings
 from orchestrator.events import EXCHANGE, MAX_NAME_LENGTH
 from orchestrator.sessions.state import Status
@@ -56,5 +58,37 @@ def test_the_defaults_are_those_of_the_settings() -> None:
 def test_names_on_the_wire_are_those_of_the_code() -> None:
     for name in (protocol.SUBPROTOCOL, protocol.BEARER + "{short token}", EXCHANGE, *(f"`{one}`" for one in Status)):
         assert name in FLAT
+    for message in ("connected", "subscribed", "unsubscribed", "pong", "expiring", "error", "closing"):
+        assert f"`{message}`" in FLAT
     for action in ("subscribe", "unsubscribe", "ping", "refresh"):
         assert f'{{"action": "{action}"' in FLAT
+
+
+def test_what_is_said_of_server_sent_events_is_what_is_done() -> None:
+    words = " ".join(section("Server-sent events").split())
+    settings = RealtimeSettings()
+    for sentence in (
+        f"drawn from {sse._RETRY[0] // 1000} to {sse._RETRY[1] // 1000} s",
+        f"comes every {settings.ping_interval:g} s ⚙",
+        f"nothing for {settings.ping_interval + settings.pong_timeout:g} s",
+        f"{STREAM_LIFE / 3600:g} hours at most",
+        f"from {sse._FINAL} on",
+        REASONS[CloseCode.DRAINING],
+    ):
+        assert sentence in words
+
+
+def test_addresses_are_those_of_the_url_table() -> None:
+    described = set(re.findall(r"(?:GET|POST) (/[a-z0-9/{}-]+)", DOCUMENT)) - {"/api/v1/sessions/{id}"}
+    served = {route.path.replace("{session_id:[0-9]+}", "{id}") for route in routes()}
+    assert described
+    assert described <= served
+
+
+def test_the_figures_of_presence_and_drain_are_true() -> None:
+    assert f"at most {inquiries.MOST_USERS:,} users" in FLAT
+    assert f"20,000 connections {20_000 / RealtimeSettings().drain_rate:g} s" in FLAT
+    assert replicas.DEADLINE == 1.0
+    # Reserved: nothing of ours sends it.
+    sources = Path(protocol.__file__).parent.parent.rglob("*.py")
+    assert sum(source.read_text().count("CONNECTION_LIMIT") for source in sources) == 2

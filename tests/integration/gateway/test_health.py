@@ -81,6 +81,11 @@ async def test_metrics_count_what_happens(api: Api, ann: Person) -> None:
     assert value(body, f'{requests}{{method="other",route="unmatched",status="405"}}') == 1
     assert value(body, "cluster_code_connections") == 1
     assert value(body, "cluster_code_connected_users") == 1
+    assert value(body, "cluster_code_event_streams") == 0
+    assert value(body, "cluster_code_drain_seconds") == pytest.approx(5.002)
+    assert value(body, "cluster_code_replicas") == 1
+    assert value(body, "cluster_code_questions_total") == 0
+    assert value(body, "cluster_code_questions_incomplete_total") == 0
     assert value(body, 'cluster_code_sessions{status="pending"}') == 1
     assert value(body, 'cluster_code_sessions{status="running"}') == 0
     assert value(body, "cluster_code_outbox_events") == 3
