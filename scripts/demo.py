@@ -21,14 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from scripts import target
+from scripts import display, target
 from scripts.demo_repository import DemoFailed, Repository, served
 
 if TYPE_CHECKING:
     from environs import Env
 
 _STEPS = 9
-_STYLES = {"running": "bold green", "error": "bold red", "deleted": "bold magenta"}
 # Seconds that one answer may take.
 _ANSWER = 15.0
 
@@ -211,7 +210,7 @@ class Demo:
         if frame.type is not aiohttp.WSMsgType.TEXT:
             raise DemoFailed(f"the server closed the socket ({socket.close_code} {frame.extra or ''})".rstrip())
         message: dict[str, Any] = orjson.loads(frame.data)
-        self._print(message)
+        self._progress.console.print(display.line(message))
         return message
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -229,19 +228,6 @@ class Demo:
 
     def _say(self, text: str) -> None:
         self._progress.console.print(Text(f"  {text}", style="dim"))
-
-    def _print(self, message: dict[str, Any]) -> None:
-        data = message["data"]
-        line = Text()
-        line.append(f"{message.get('offset', '·')!s:>6} ", style="dim")
-        line.append(f"{message['event_type']:<16} ", style="cyan")
-        line.append(f"{message['channel']:<14} ", style="blue")
-        if message["event_type"] == "session.status":
-            line.append(f"{data['status']:<9} ", style=_STYLES.get(data["status"], "yellow"))
-            line.append(" ".join(filter(None, (data["reason"], data["message"]))))
-        else:
-            line.append(orjson.dumps(data).decode(), style="dim" if "offset" not in message else "")
-        self._progress.console.print(line)
 
 
 def _detail(content: bytes) -> str:

@@ -9,11 +9,10 @@ sessions' processes, then the database; each further signal cuts the step short 
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,14 +30,16 @@ from gateway import app as gateway
 from gateway.ratelimit import Limits
 from gateway.settings import GatewaySettings, RealtimeSettings
 from gateway.token_settings import token_settings
-from orchestrator import machines
+from orchestrator import log_setup, machines
 from orchestrator.database import Pool, open_pool, require_schema
 from orchestrator.errors import SettingsError
+from orchestrator.eventlog.contract import EventLog
 from orchestrator.eventlog.memory import MemoryLog
+from orchestrator.process import Signals, close_pool, running, until_stopped
 from orchestrator.providers.registry import open_provider
 from orchestrator.run import Orchestrator
-from orchestrator.settings import DatabaseSettings, OrchestratorSettings, load
-from scripts import logs, users
+from orchestrator.settings import AmqpSettings, DatabaseSettings, OrchestratorSettings, load
+from scripts import users
 from scripts.embedded import EmbeddedPostgres
 from scripts.instance import Instance
 from scripts.settings import DevSettings
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger("dev")
 
 _CONFIGS = Path(__file__).parent.parent / "configs"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,8 @@ class Settings:
     dev: DevSettings
     # None: the embedded one.
     database: DatabaseSettings | None
+    # None: the log is kept in memory.
+    amqp: AmqpSettings | None
 
     @classmethod
     def read(cls, env: Env) -> Settings:
@@ -74,29 +76,13 @@ class Settings:
             orchestrator=load(OrchestratorSettings, env),
             dev=load(DevSettings, env),
             database=load(DatabaseSettings, env) if env.str("DATABASE_URL", "") else None,
+            amqp=load(AmqpSettings, env) if env.str("AMQP_URL", "") else None,
         )
-
-
-class Signals:
-    """The first signal asks for the end (`stopping`); before the start is done, and later ones, cancel the task."""
-
-    def __init__(self, task: asyncio.Task[None]) -> None:
-        self.stopping = asyncio.Event()
-        self.ready = False
-        self._task = task
-
-    def __call__(self, number: signal.Signals) -> None:
-        """Take one signal."""
-        if self.ready and not self.stopping.is_set():
-            log.info("ending; another signal hurries", signal=number.name)
-            self.stopping.set()
-        else:
-            self._task.cancel()
 
 
 def main(env: Env) -> None:
     """Run until a signal. Raises SettingsError, and SystemExit(130) when it was interrupted before it was ready."""
-    logs.configure(env)
+    log_setup.configure(env)
     settings = Settings.read(env)
     try:
         uvloop.run(_main(env, settings))
@@ -106,12 +92,7 @@ def main(env: Env) -> None:
 
 async def _main(env: Env, settings: Settings) -> None:
     started = time.monotonic()
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    assert task is not None  # noqa: S101  For mypy: a coroutine runs in a task.
-    signals = Signals(task)
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, signals, number)
+    signals = Signals.taken()
     async with AsyncExitStack() as stack:
         instance = Instance(settings.orchestrator.data_dir)
         stack.enter_context(instance.hold("cluster-code dev"))
@@ -121,10 +102,11 @@ async def _main(env: Env, settings: Settings) -> None:
         database = settings.database or load(
             DatabaseSettings, env, url=await stack.enter_async_context(_embedded(instance, parts))
         )
-        pool = await stack.enter_async_context(_pool(database))
+        pool = await open_pool(database, name="cluster-code dev")
+        stack.push_async_callback(close_pool, pool)
         await _current_schema(pool, database)
         await _first_start(pool, settings.dev)
-        events = MemoryLog()
+        events = await _event_log(settings.amqp)
         stack.push_async_callback(events.close)
         orchestrator = Orchestrator(
             settings=settings.orchestrator,
@@ -134,14 +116,13 @@ async def _main(env: Env, settings: Settings) -> None:
             open_provider=partial(open_provider, repo_schemes=settings.gateway.repo_schemes),
             alone=settings.database is None,
         )
-        parts.append(await stack.enter_async_context(_running(orchestrator.run(), "orchestrator")))
+        parts.append(await stack.enter_async_context(running(orchestrator.run(), "orchestrator")))
         app = gateway.build(settings.gateway, tokens, pool, events, database)
         port = await stack.enter_async_context(gateway.listening(app, settings.gateway))
         url = f"http://{_shown(settings.gateway.host)}:{port}"
         stack.enter_context(instance.announce(url, None if settings.database else database.url))
         click.echo(f"Ready: {url} (in {time.monotonic() - started:.1f} s). Ctrl-C ends it.")
-        signals.ready = True
-        await _until(signals.stopping, [*parts, gateway.until_failure(app)])
+        await until_stopped(signals, *parts, gateway.until_failure(app))
 
 
 @asynccontextmanager
@@ -151,56 +132,20 @@ async def _embedded(instance: Instance, parts: list[Awaitable[Any]]) -> AsyncIte
     try:
         await server.start()
         url = await server.create_database(DATABASE)
-        async with _running(server.supervise(), "database supervisor") as task:
+        async with running(server.supervise(), "database supervisor") as task:
             parts.append(task)
             yield url
     finally:
         await server.stop()
 
 
-@asynccontextmanager
-async def _pool(database: DatabaseSettings) -> AsyncIterator[Pool]:
-    pool = await open_pool(database, name="cluster-code dev")
-    try:
-        yield pool
-    finally:
-        try:
-            async with asyncio.timeout(2):
-                await pool.close()
-        except TimeoutError:
-            pool.terminate()
+async def _event_log(settings: AmqpSettings | None) -> EventLog:
+    """In RabbitMQ when there is one, so that other processes and services share it; else in memory."""
+    if settings is None:
+        return MemoryLog()
+    from orchestrator.eventlog.rabbitmq import RabbitLog
 
-
-@asynccontextmanager
-async def _running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[asyncio.Task[None]]:
-    """`work` as a task, cancelled and waited for at the end; being cancelled meanwhile cancels it once more."""
-    task = asyncio.create_task(work, name=name)
-    try:
-        yield task
-    finally:
-        hurried = None
-        while not task.done():
-            task.cancel()
-            try:
-                await asyncio.wait([task])
-            except asyncio.CancelledError as error:
-                hurried = error
-        if hurried:
-            raise hurried
-
-
-async def _until(stopping: asyncio.Event, parts: list[Awaitable[Any]]) -> None:
-    """Return when asked to stop; raise when one of the parts ends, which none does by itself."""
-    asked = asyncio.create_task(stopping.wait(), name="stopping")
-    futures = [asyncio.ensure_future(part) for part in parts]
-    try:
-        done, _ = await asyncio.wait([asked, *futures], return_when=asyncio.FIRST_COMPLETED)
-        for ended in done - {asked}:
-            ended.result()
-            raise RuntimeError(f"{ended} has ended")
-    finally:
-        asked.cancel()
-        futures[-1].cancel()  # Only watches; the others are their makers' to end.
+    return await RabbitLog.open(settings, name="cluster-code dev")
 
 
 async def _current_schema(pool: Pool, database: DatabaseSettings) -> None:

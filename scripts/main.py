@@ -74,22 +74,21 @@ def dev() -> None:
 
 
 @cli.command()
-def serve() -> None:
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that share the port."
+)
+def serve(workers: int) -> None:
     """Run one gateway."""
     from gateway.__main__ import main as run_gateway
-    from scripts import logs
 
-    logs.configure(_env())
-    sys.exit(run_gateway())
+    sys.exit(run_gateway(["--workers", str(workers)]))
 
 
 @cli.command()
 def worker() -> None:
     """Run one orchestrator."""
     from orchestrator.__main__ import main as run_orchestrator
-    from scripts import logs
 
-    logs.configure(_env())
     sys.exit(run_orchestrator())
 
 
@@ -113,6 +112,40 @@ def demo(
     if email and password is None:
         password = click.prompt("Password", hide_input=True)
     sys.exit(run_demo(_env(), Options(url, repo, branch, email, password, deadline)))
+
+
+@cli.command()
+@click.argument("channels", metavar="[CHANNEL]...", nargs=-1)
+@click.option("--json", "json_", is_flag=True, help="One event per line, as JSON, for programs.")
+@click.option("--since", metavar="POSITION", help="Begin with what came after that position; by default now.")
+@click.option("--url", envvar="CLUSTER_CODE_URL", help="The server; by default the `cluster-code dev` on DATA_DIR.")
+@click.option(
+    "--token-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A file with a main or API token; read anew for each connection.",
+)
+@click.option("--email", help="See what this user sees, on the server of DATA_DIR; by default the administrator.")
+def watch(
+    channels: tuple[str, ...],
+    json_: bool,
+    since: str | None,
+    url: str | None,
+    token_file: Path | None,
+    email: str | None,
+) -> None:
+    """Watch events as they happen: of the user's own channel, and of each CHANNEL, such as session:42 or broadcast.
+
+    Goes on through every cut, each event once and in order, until Ctrl-C; what has to be said beside them goes to
+    stderr, `recovered: false` too. The token is read from CLUSTER_CODE_TOKEN or from --token-file; for the server of
+    DATA_DIR none is needed. Exits with 1 when the server refuses for good.
+    """
+    from orchestrator import log_setup
+    from scripts.watch import Options
+    from scripts.watch import main as run_watch
+
+    env = _env()
+    log_setup.configure(env, at_least="warning")
+    sys.exit(run_watch(env, Options(channels, json_, since, url, token_file, email)))
 
 
 @cli.command("settings")
@@ -279,10 +312,12 @@ def exchange() -> None:
 
 @exchange.command("declare")
 def exchange_declare() -> None:
-    """Declare the exchange, the stream and their bindings."""
-    from orchestrator.errors import SettingsError
+    """Declare the exchange, the event log and the queues in RabbitMQ, and say what was there already."""
+    from orchestrator.eventlog.rabbitmq import declare
+    from orchestrator.settings import AmqpSettings, load
 
-    raise SettingsError("exchange declare needs RabbitMQ (AMQP_URL), which this version does not support yet")
+    for one in _run(lambda env: declare(load(AmqpSettings, env))):
+        click.echo(f"{one.kind} {one.name}: {'was there' if one.existed else 'declared'}")
 
 
 def _env() -> Env:
@@ -293,10 +328,10 @@ def _env() -> Env:
 
 def _run(command: Any, *arguments: Any, **options: Any) -> Any:
     """Run an admin command's coroutine function, quiet but for warnings."""
-    from scripts import logs
+    from orchestrator import log_setup
 
     env = _env()
-    logs.configure(env, at_least="warning")
+    log_setup.configure(env, at_least="warning")
     work: Coroutine[Any, Any, Any] = command(env, *arguments, **options)
     return asyncio.run(work)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from gateway.settings import GatewaySettings, RealtimeSettings
 from gateway.token_settings import TokenVariables
+from orchestrator.log_setup import LogSettings
 from orchestrator.settings import AmqpSettings, DatabaseSettings, OrchestratorSettings, Variable, variables
-from scripts.logs import LogSettings
 from scripts.settings import DevSettings
 
 if TYPE_CHECKING:
