@@ -166,6 +166,7 @@ class Hub:
     def _deliver_many(self, pending: Collection[_Pending]) -> None:
         """Write several channels' events. Connections that get from more than one of them get those merged."""
         several: dict[Connection, list[list[Stored]]] = {}
+        single = 0
         for listed, events in pending:
             for connection in listed:
                 if connection.busy is None:
@@ -175,18 +176,21 @@ class Hub:
                 else:
                     several[connection] = [connection.busy, events]
         for listed, events in pending:
-            if several:
-                self._deliver([one for one in listed if one not in several], events)
+            theirs = [one for one in listed if one not in several] if several else listed
+            if len(events) == 1:
+                single += self._write(theirs, events[0].frame)
             else:
-                self._deliver(listed, events)
+                self._deliver(theirs, events)
             for connection in listed:
                 connection.busy = None
+        self.deliveries += single
+        self.frames += single
         groups: dict[tuple[int, ...], list[Connection]] = {}
-        for connection, theirs in several.items():
-            groups.setdefault(tuple(map(id, theirs)), []).append(connection)
+        for connection, lists in several.items():
+            groups.setdefault(tuple(map(id, lists)), []).append(connection)
         for connections in groups.values():
-            theirs = several[connections[0]]
-            merged = sorted((stored for events in theirs for stored in events), key=lambda stored: stored.offset)
+            lists = several[connections[0]]
+            merged = sorted((stored for events in lists for stored in events), key=lambda stored: stored.offset)
             self._deliver(connections, merged)
 
     def _deliver(self, connections: Collection[Connection], events: list[Stored]) -> None:
