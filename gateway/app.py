@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from gateway import garbage
 from gateway.context import CONTEXT, Context
 from gateway.metrics import METRICS, Metrics
 from gateway.middleware import edge, stamp
+from gateway.port import listen
 from gateway.ratelimit import LIMITS, Limits
 from gateway.realtime import inquiries
 from gateway.realtime.archive import Archive
@@ -30,7 +30,6 @@ from gateway.realtime.sse import Encoder
 from gateway.routes import routes
 from gateway.settings import GatewaySettings
 from orchestrator.database import Pool, require_schema
-from orchestrator.errors import SettingsError
 from orchestrator.eventlog.contract import EventLog
 from orchestrator.settings import DatabaseSettings
 
@@ -39,6 +38,9 @@ log = structlog.get_logger("gateway")
 # Seconds, and bytes, that an outside issuer's answer may take.
 _OUTSIDE_DEADLINE = 5.0
 _OUTSIDE_LIMIT = 1 << 20
+
+# Seconds between two looks whether the feed has caught up.
+_LOOK = 0.05
 
 # The feed's task: ends only when the application does, or when something is wrong that nothing here can mend.
 FEED: web.AppKey[asyncio.Task[None]] = web.AppKey("feed_task")
@@ -175,21 +177,21 @@ async def _drain(app: web.Application) -> None:
 
 
 @asynccontextmanager
-async def listening(app: web.Application, settings: GatewaySettings) -> AsyncIterator[int]:
+async def listening(app: web.Application, settings: GatewaySettings, *, reuse_port: bool = False) -> AsyncIterator[int]:
     """Serve `app` while the body runs; yields the port. At the end: drain, no new connections, finish, close.
 
-    Raises SettingsError when the address cannot be listened on, SchemaOutdated when the database lacks migrations. The
-    body should watch `app[FEED]`: see `until_failure`.
+    `reuse_port`: the port is shared with other processes; this one takes its part of the connections once it has
+    caught up with the event log. Raises SettingsError when the address cannot be listened on, SchemaOutdated when the
+    database lacks migrations. The body should watch `app[FEED]`: see `until_failure`.
     """
     runner = web.AppRunner(
         app, access_log=None, handle_signals=False, shutdown_timeout=settings.shutdown_grace, keepalive_timeout=75
     )
     try:
         await runner.setup()
-        try:
-            await web.TCPSite(runner, settings.host, settings.port, reuse_address=True, backlog=1024).start()
-        except OSError as error:
-            raise SettingsError(_cannot_listen(settings, error)) from error
+        if reuse_port:
+            await _caught_up(app)
+        await listen(runner, settings, reuse_port=reuse_port)
         try:
             with garbage.settled():
                 yield int(runner.addresses[0][1])
@@ -200,15 +202,12 @@ async def listening(app: web.Application, settings: GatewaySettings) -> AsyncIte
         await runner.cleanup()
 
 
+async def _caught_up(app: web.Application) -> None:
+    """Return when the feed has, or has ended."""
+    while not app[CONTEXT].feed.ready and not app[FEED].done():  # noqa: ASYNC110  The feed wakes nobody.
+        await asyncio.sleep(_LOOK)
+
+
 async def until_failure(app: web.Application) -> None:
     """Wait, for ever if all is well; raises what ended the feed, after which this process is of no use."""
     await asyncio.shield(app[FEED])
-
-
-def _cannot_listen(settings: GatewaySettings, error: OSError) -> str:
-    where = f"{settings.host}:{settings.port}"
-    if error.errno == errno.EADDRINUSE:
-        return f"PORT: {where} is in use by another process: stop it, or set another PORT"
-    if error.errno == errno.EACCES:
-        return f"PORT: this user may not listen on {where}: set a PORT above 1023"
-    return f"HOST: cannot listen on {where}: {error.strerror or error}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from orchestrator.settings import positive, variable
+from orchestrator.settings import positive, repo_schemes, variable
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +112,7 @@ class GatewaySettings:
     adopt_projects: bool = variable(
         "ADOPT_PROJECTS", "bool", True, help="Whether an unknown project UUID becomes a project of the caller's."
     )
-    repo_schemes: list[str] = variable(
-        "REPO_SCHEMES", "list", ["https", "http", "ssh", "git"], help="URL schemes that a repository may have."
-    )
+    repo_schemes: list[str] = repo_schemes()
     metrics_token: str = variable(
         "METRICS_TOKEN", "str", "", help="Bearer token that /metrics asks for; empty: none.", secret=True
     )

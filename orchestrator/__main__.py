@@ -1,34 +1,51 @@
-"""`python -m orchestrator`: a worker process, which shares the event log with gateways in other processes."""
+"""`python -m orchestrator`: a worker process, which shares the event log with gateways in other processes.
+
+Any number of them may work on one database and one RabbitMQ.
+"""
 
 from __future__ import annotations
 
+import socket
 import sys
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import TYPE_CHECKING
 
-from orchestrator.errors import SettingsError
-from orchestrator.settings import environment
+from orchestrator import process
+from orchestrator.eventlog.rabbitmq import RabbitLog
+from orchestrator.process import Signals
+from orchestrator.providers.registry import open_provider
+from orchestrator.run import Orchestrator
+from orchestrator.settings import AmqpSettings, DatabaseSettings, OrchestratorSettings, RepositorySettings, load
+
+if TYPE_CHECKING:
+    from environs import Env
 
 
 def main() -> int:
-    """Run a worker; the exit code. 2: a setting is missing or wrong, which one line on stderr says."""
-    try:
-        _require_shared_log()
-    except SettingsError as error:
-        print(f"orchestrator: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Work until a signal; the exit code, as `orchestrator.process` says."""
+    return process.run("orchestrator", _work)
 
 
-def _require_shared_log() -> None:
-    """A worker without a log that its gateways read would work unseen."""
-    if not environment().str("AMQP_URL", ""):
-        raise SettingsError(
-            "AMQP_URL is not set: amqp://user:password@host:port/vhost of the RabbitMQ that all processes share. "
-            "To run everything in one process without RabbitMQ: cluster-code dev"
+async def _work(env: Env, signals: Signals) -> int:
+    settings = load(OrchestratorSettings, env)
+    amqp, database = load(AmqpSettings, env), load(DatabaseSettings, env)
+    schemes = load(RepositorySettings, env).schemes
+    name = f"cluster-code orchestrator {socket.gethostname()}"
+    async with AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(process.pool(database, name=name))
+        events = await process.patiently("event log", lambda: RabbitLog.open(amqp, name=name))
+        stack.push_async_callback(events.close)
+        orchestrator = Orchestrator(
+            settings=settings,
+            database_settings=database,
+            pool=pool,
+            log=events,
+            open_provider=partial(open_provider, repo_schemes=schemes),
         )
-    raise SettingsError(
-        "AMQP_URL is set, but this version has no RabbitMQ event log yet. "
-        "To run everything in one process without RabbitMQ: cluster-code dev"
-    )
+        task = await stack.enter_async_context(process.running(orchestrator.run(), "orchestrator"))
+        await process.until_stopped(signals, task)
+    return 0
 
 
 if __name__ == "__main__":

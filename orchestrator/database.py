@@ -17,7 +17,7 @@ import orjson
 import structlog
 
 import migrations
-from orchestrator.errors import SchemaOutdated, SettingsError
+from orchestrator.errors import SchemaOutdated, SettingsError, Unreachable
 from orchestrator.settings import DatabaseSettings
 
 log = structlog.get_logger("database")
@@ -44,11 +44,15 @@ UNAVAILABLE: tuple[type[BaseException], ...] = (
 # planner avoid them where there is an index; it does not forbid them.
 _PLANNER = {"enable_bitmapscan": "off", "enable_seqscan": "off"}
 
+# Of a holder whose machine has died the server hears within 25 seconds, and gives its locks to another.
+_KEEPALIVE = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
+
 
 async def open_pool(settings: DatabaseSettings, *, name: str) -> Pool:
     """A pool of connections whose jsonb comes and goes as Python objects.
 
-    `name` is what `pg_stat_activity` shows. Raises SettingsError when the URL is wrong or the server refuses it.
+    `name` is what `pg_stat_activity` shows. Raises SettingsError when the URL is wrong or the server refuses it,
+    Unreachable when none answers.
     """
     try:
         return await asyncpg.create_pool(
@@ -66,7 +70,7 @@ async def open_pool(settings: DatabaseSettings, *, name: str) -> Pool:
     except (ValueError, asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
         raise SettingsError(f"DATABASE_URL: {error}") from error
     except UNAVAILABLE as error:
-        raise SettingsError(f"DATABASE_URL: no PostgreSQL answers there ({error or type(error).__name__})") from error
+        raise Unreachable(f"DATABASE_URL: no PostgreSQL answers there ({error or type(error).__name__})") from error
 
 
 async def _nothing_to_reset(connection: Connection) -> None:
@@ -78,7 +82,7 @@ async def connect(settings: DatabaseSettings, *, name: str) -> Connection:
     connection = await asyncpg.connect(
         settings.url,
         timeout=settings.timeout,
-        server_settings=_PLANNER | {"application_name": name, "tcp_keepalives_idle": "10"},
+        server_settings=_PLANNER | _KEEPALIVE | {"application_name": name},
     )
     await prepare(connection)
     return connection

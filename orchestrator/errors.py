@@ -4,6 +4,7 @@ The gateway turns each into a problem document, the admin commands into a line.
 
     ClusterCodeError
     ├── SettingsError            a setting is missing or wrong; the process exits with 2
+    │   └── Unreachable          nothing answers where it points; perhaps later
     ├── SchemaOutdated           the database lacks migrations; the process exits with 2
     ├── NotFound                 no such object, or the caller may not see it              404
     ├── Conflict                 the object is in a state that forbids the request         409
@@ -26,6 +27,10 @@ class ClusterCodeError(Exception):
 
 class SettingsError(ClusterCodeError):
     """A setting is missing or wrong."""
+
+
+class Unreachable(SettingsError):
+    """Nothing answers where a setting points: it is wrong, or what it points at is away."""
 
 
 class SchemaOutdated(ClusterCodeError):

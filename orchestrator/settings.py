@@ -97,6 +97,20 @@ def positive(value: float) -> str | None:
     return None if value > 0 else f"must be greater than 0, not {value}"
 
 
+def repo_schemes() -> Any:
+    """A field that the edge, which refuses others at once, and whoever clones both have."""
+    return variable(
+        "REPO_SCHEMES", "list", ["https", "http", "ssh", "git"], help="URL schemes that a repository may have."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RepositorySettings:
+    """What a repository may be."""
+
+    schemes: list[str] = repo_schemes()
+
+
 @dataclass(frozen=True, slots=True)
 class DatabaseSettings:
     """The PostgreSQL that all processes share."""
@@ -117,6 +131,10 @@ def _age(value: str) -> str | None:
     return None if re.fullmatch(r"[1-9][0-9]*[YMDhms]", value) else f"must be like 7D, 12h or 30m, not {value!r}"
 
 
+def _amqp(value: str) -> str | None:
+    return None if re.match(r"amqps?://", value) else "must begin with amqp:// or amqps://"
+
+
 @dataclass(frozen=True, slots=True)
 class AmqpSettings:
     """The RabbitMQ whose stream is the event log that all processes share."""
@@ -126,6 +144,7 @@ class AmqpSettings:
         "str",
         help="RabbitMQ, as amqp[s]://user:password@host:port/vhost; several, comma-separated, for a cluster.",
         secret=True,
+        check=_amqp,
     )
     # RabbitMQ drops whole segments: some entries are kept longer than this.
     max_age: str = variable(

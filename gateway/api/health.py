@@ -14,6 +14,7 @@ from gateway.context import CONTEXT, Context
 from gateway.fields import moment
 from gateway.metrics import METRICS
 from gateway.operation import Call, Database, answer, bearer, lease, operation
+from gateway.siblings import SIBLINGS
 from orchestrator import machines
 from orchestrator.database import UNAVAILABLE
 from orchestrator.errors import LogUnavailable
@@ -121,11 +122,11 @@ async def _log(context: Context) -> dict[str, str]:
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """Prometheus' text format. Asks for METRICS_TOKEN when that is set."""
+    """Prometheus' text format. Asks for METRICS_TOKEN when that is set. Of all workers, where they share the port."""
     expected = request.app[CONTEXT].settings.metrics_token
     if expected and not hmac.compare_digest(bearer(request).encode(), expected.encode()):
         raise Unauthenticated("/metrics takes the bearer token of METRICS_TOKEN.")
     return web.Response(
-        body=await request.app[METRICS].render(),
+        body=await request.app.get(SIBLINGS, request.app[METRICS]).render(),
         headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Cache-Control": "no-store"},
     )

@@ -26,9 +26,9 @@ from pathlib import Path
 from rich.console import Console
 
 import migrations
+from orchestrator import log_setup
 from orchestrator.database import connect
 from orchestrator.settings import DatabaseSettings, environment
-from scripts import logs
 from scripts.embedded import embedded_postgres
 from tests.benchmarks import broker, connections, events, fanout, rest, session_list
 from tests.benchmarks.report import Figure, show
@@ -110,7 +110,7 @@ def main() -> None:
     kinds = set(parser.parse_args().kinds) or set(KINDS)
     if unknown := kinds - set(KINDS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
-    logs.configure(environment(None), at_least="error")
+    log_setup.configure(environment(None), at_least="error")
     show(asyncio.run(_measure(kinds)))
 
 

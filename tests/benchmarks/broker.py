@@ -24,9 +24,9 @@ import aiormq
 from aiormq.abc import AbstractChannel
 from rich.table import Table
 
+from orchestrator import log_setup
 from orchestrator.events import EXCHANGE
 from orchestrator.settings import environment
-from scripts import logs
 from tests.benchmarks.report import Figure, Progress, show, spread, table_of
 from tests.benchmarks.servers import KINDS, Browsers, Missing, Stage, open_all, stage
 from tests.benchmarks.stage import on
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each round (default: %(default)s)")
     parser.add_argument("--rate", type=int, default=RATE, help="messages a second (default: %(default)s)")
     given = parser.parse_args()
-    logs.configure(environment(None), at_least="error")
+    log_setup.configure(environment(None), at_least="error")
     try:
         show(asyncio.run(run(given.rounds, given.seconds, given.rate)))
     except Missing as missing:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from orchestrator import log_setup
 from orchestrator.settings import environment
-from scripts import logs
 from tests.benchmarks.report import Figure, Progress, show, spread, table_of
 from tests.benchmarks.servers import KINDS, Missing, Stage, open_all, stage
 
@@ -173,7 +173,7 @@ def main() -> None:
     servers = given.servers.split(",")
     if unknown := set(servers) - set(KINDS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    logs.configure(environment(None), at_least="error")
+    log_setup.configure(environment(None), at_least="error")
     try:
         show(asyncio.run(run(servers, given.rounds, given.count)))
     except Missing as missing:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from orchestrator import log_setup
 from orchestrator.settings import environment
-from scripts import logs
 from tests.benchmarks.report import Figure, Progress, show, spread, table_of
 from tests.benchmarks.servers import KINDS, Browsers, Missing, Running, Stage, open_all, stage
 
@@ -229,7 +229,7 @@ def main() -> None:
     names, servers = given.scenarios or list(SCENARIOS), given.servers.split(",")
     if unknown := set(names) - set(SCENARIOS) | set(servers) - set(KINDS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    logs.configure(environment(None), at_least="error")
+    log_setup.configure(environment(None), at_least="error")
     try:
         show(asyncio.run(run(names, servers, given.rounds, given.seconds)))
     except Missing as missing:

@@ -16,12 +16,12 @@ import uvloop
 from auth.tokens import TokenSettings
 from gateway import app as gateway
 from gateway.settings import GatewaySettings, RealtimeSettings
+from orchestrator import log_setup
 from orchestrator.database import open_pool
 from orchestrator.eventlog.contract import Entry, EventLog
 from orchestrator.eventlog.rabbitmq import RabbitLog
 from orchestrator.events import Event
 from orchestrator.settings import AmqpSettings, DatabaseSettings, environment, load
-from scripts import logs
 from tests.benchmarks import control
 from tests.benchmarks.stage import SECRET
 
@@ -68,7 +68,7 @@ class FedLog:
 
 async def _main() -> None:
     port, control_port = control.ports()
-    logs.configure(environment(None), at_least="warning")
+    log_setup.configure(environment(None), at_least="warning")
     settings = GatewaySettings(
         port=port,
         rate_limit_address="off",

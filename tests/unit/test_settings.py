@@ -12,6 +12,7 @@ from environs import Env
 from gateway.settings import GatewaySettings, RealtimeSettings
 from gateway.token_settings import TokenVariables, token_settings
 from orchestrator.errors import SettingsError
+from orchestrator.log_setup import LogSettings
 from orchestrator.settings import (
     AmqpSettings,
     DatabaseSettings,
@@ -22,7 +23,6 @@ from orchestrator.settings import (
     variable,
 )
 from scripts import reference
-from scripts.logs import LogSettings
 from scripts.settings import DevSettings
 
 TOP = Path(__file__).parents[2]

@@ -22,11 +22,11 @@ from uuid import uuid4
 import structlog
 
 from orchestrator.database import backoff
-from orchestrator.errors import LogUnavailable, SettingsError
+from orchestrator.errors import LogUnavailable, SettingsError, Unreachable
 from orchestrator.eventlog.contract import Entry, EpochChanged, Truncated
 from orchestrator.eventlog.rabbitmq.consuming import Consumer, DeadLetter, Delivery
 from orchestrator.eventlog.rabbitmq.entries import entry
-from orchestrator.eventlog.rabbitmq.link import NOT_FOUND, Endpoints, Link
+from orchestrator.eventlog.rabbitmq.link import NOT_FOUND, Endpoints, Link, Refused
 from orchestrator.eventlog.rabbitmq.links import Links
 from orchestrator.eventlog.rabbitmq.publishing import Message, Publisher, Refusal
 from orchestrator.eventlog.rabbitmq.subscription import Subscription
@@ -79,14 +79,15 @@ class RabbitLog:
     async def open(cls, settings: AmqpSettings, *, name: str, segment_bytes: int | None = None) -> RabbitLog:
         """Connect, declare everything, find the epoch. `name` is what RabbitMQ shows of our connections.
 
-        Raises SettingsError when the URL or the user is wrong, nothing answers, or what is there has other arguments.
+        Raises SettingsError when the URL or the user is wrong or what is there has other arguments; Unreachable when
+        nothing answers.
         """
         opened = cls(settings, name=name, segment_bytes=segment_bytes)
         try:
             opened._publisher = await opened._open_publisher()
         except Lost as error:
             await opened.close()
-            raise SettingsError(f"AMQP_URL: {error}") from error
+            raise _not_opened(error) from error
         except BaseException:
             await opened.close()
             raise
@@ -426,4 +427,8 @@ async def declare(settings: AmqpSettings) -> list[Declared]:
         finally:
             await link.close()
     except Lost as error:
-        raise SettingsError(f"AMQP_URL: {error}") from error
+        raise _not_opened(error) from error
+
+
+def _not_opened(error: Lost) -> SettingsError:
+    return (SettingsError if isinstance(error, Refused) else Unreachable)(f"AMQP_URL: {error}")

@@ -296,10 +296,22 @@ def test_a_wrong_list_of_users_names_every_wrong_place(
     assert fetch("SELECT * FROM users") == []
 
 
-def test_the_exchange_cannot_be_declared_yet(run: Run) -> None:
+def test_declaring_the_exchange_needs_a_rabbitmq(run: Run) -> None:
     code, _, errors = run("exchange", "declare")
     assert code == 2
-    assert "RabbitMQ" in errors
+    assert "AMQP_URL is not set" in errors
+
+
+def test_the_exchange_is_declared_and_what_was_there_is_told(
+    run: Run, monkeypatch: pytest.MonkeyPatch, amqp_url: str
+) -> None:
+    monkeypatch.setenv("AMQP_URL", amqp_url)
+    parts = [
+        "exchange apps.clusterix-code-v1", "stream cluster-code.events", "stream cluster-code.epochs",
+        "queue cluster-code.dead-letter", "queue cluster-code.users",
+    ]  # fmt: skip
+    for what in ("declared", "was there"):
+        assert run("exchange", "declare") == (0, "".join(f"{part}: {what}\n" for part in parts), "")
 
 
 def test_the_settings_are_listed(run: Run) -> None:

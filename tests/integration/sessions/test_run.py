@@ -85,12 +85,18 @@ async def test_an_orchestrator_at_rest_uses_next_to_no_cpu(stage: Stage) -> None
     assert share < 0.1
 
 
-@pytest.mark.parametrize(("url", "told"), [("", "AMQP_URL is not set"), ("amqp://x", "no RabbitMQ event log yet")])
+@pytest.mark.parametrize(("url", "told"), [("", "AMQP_URL is not set"), ("http://x", "AMQP_URL must begin with amqp")])
 def test_a_worker_without_a_shared_log_says_so_in_one_line(
-    url: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    url: str,
+    told: str,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AMQP_URL", url)
+    monkeypatch.setenv("DATABASE_URL", database_url)
     assert worker.main() == 2
     output = capsys.readouterr()
     assert output.out == ""

@@ -15,7 +15,7 @@ SECRET = "kX3v9Qw7Lm2Zp8Rt5Yb1Nc6Hd4Gf0Js-"
         ({"DATABASE_URL": ""}, "DATABASE_URL is not set"),
         ({"PORT": "99999"}, "PORT must be 0 to 65535"),
         ({"AMQP_URL": ""}, "AMQP_URL is not set"),
-        ({"AMQP_URL": "amqp://localhost"}, "RabbitMQ is not part of this version"),
+        ({"AMQP_URL": "http://localhost"}, "AMQP_URL must begin with amqp"),
     ],
 )
 def test_a_replica_says_what_it_lacks_in_one_line_and_ends_with_2(
