@@ -23,6 +23,14 @@ PREFIX = "ccr_"
 _LENGTH = len(PREFIX) + 43
 
 
+class Reused(Unauthenticated):
+    """A spent token was shown again: all that came from its sign-in is void now. What it has opened is to be closed."""
+
+    def __init__(self, message: str, user_id: int) -> None:
+        super().__init__(message)
+        self.user_id = user_id
+
+
 class _Refusal(Enum):
     UNKNOWN = auto()
     EXPIRED = auto()
@@ -60,17 +68,21 @@ async def rotate(connection: asyncpg.Connection, token: str, ttl: float, main: M
 
     `main` is issued with the next one, and revoked with it.
 
-    Raises Unauthenticated, saying whether the token is unknown, expired, revoked or reused; a reuse revokes the family.
-    That must last although an error is raised, so this makes its own transaction and commits before it raises:
+    Raises Unauthenticated, saying whether the token is unknown, expired or revoked; and Reused, having revoked the
+    family. That must last although an error is raised, so this makes its own transaction and commits before it raises:
     calling it within a transaction is a RuntimeError. Cancelling rolls back; the token then is still good.
     """
     if connection.is_in_transaction():
         raise RuntimeError("refresh.rotate commits by itself: call it outside of a transaction")
     async with connection.transaction():
         outcome = await _rotate(connection, _digest(token), ttl, main)
-    if isinstance(outcome, _Refusal):
-        raise Unauthenticated(_SENTENCES[outcome])
-    return outcome
+    match outcome:
+        case _Refusal():
+            raise Unauthenticated(_SENTENCES[outcome])
+        case int():
+            raise Reused(_SENTENCES[_Refusal.REUSED], outcome)
+        case _:
+            return outcome
 
 
 async def revoke(connection: asyncpg.Connection, token: str) -> int | None:
@@ -116,7 +128,7 @@ async def purge(connection: asyncpg.Connection) -> int:
 
 async def _rotate(
     connection: asyncpg.Connection, digest: bytes, ttl: float, main: Main | None = None
-) -> tuple[int, str] | _Refusal:
+) -> tuple[int, str] | int | _Refusal:
     found = await _lock_family(connection, digest)
     if found is None:
         return _Refusal.UNKNOWN
@@ -134,7 +146,7 @@ async def _rotate(
         return _Refusal.REVOKED
     if row["is_used"]:
         await _revoke_family(connection, family)
-        return _Refusal.REUSED
+        return user_id
     if row["is_expired"]:
         return _Refusal.EXPIRED
     if is_disabled:

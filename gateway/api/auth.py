@@ -122,7 +122,12 @@ async def renew(call: Call) -> web.Response:
     """Spends the refresh token and gives the next one. Using one twice revokes all that came from the same sign-in."""
     ttl = call.context.tokens.settings.refresh_ttl
     main = call.context.tokens.announce_main()
-    user_id, token = await refresh.rotate(call.connection, call.body["refresh_token"], ttl, main)
+    try:
+        user_id, token = await refresh.rotate(call.connection, call.body["refresh_token"], ttl, main)
+    except refresh.Reused as reused:
+        # Whoever holds the sign-in, thief or not, is cut off.
+        await permissions_changed.tell(call.connection, reused.user_id)
+        raise
     return _tokens(call.context, user_id, token, main)
 
 

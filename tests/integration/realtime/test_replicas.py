@@ -318,6 +318,17 @@ async def test_signing_out_closes_what_the_sign_in_has_opened_and_everywhere_all
     assert (await pair.first.call("POST", "/api/v1/auth/refresh", "", renewing))[0] == 401
 
 
+async def test_a_refresh_token_that_is_used_twice_closes_what_its_sign_in_has_opened(pair: Pair) -> None:
+    account = {"email": "ann@example.org", "password": "correct horse battery"}
+    await pair.first.call("POST", "/api/v1/auth/register", "", {**account, "name": "Ann"})
+    signed_in = (await pair.first.call("POST", "/api/v1/auth/login", "", account))[1]
+    client = await pair.second.connect(signed_in["access_token"])
+    renewing = {"refresh_token": signed_in["refresh_token"]}
+    statuses = [(await pair.first.call("POST", "/api/v1/auth/refresh", "", renewing))[0] for _ in range(2)]
+    assert statuses == [200, 401]
+    assert await client.closed() == 4500
+
+
 async def test_a_replica_that_does_not_answer_makes_the_answer_incomplete(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,23 @@ async def test_batches_come_as_arrays_to_who_asks(stage: Stage) -> None:
     assert batch.frames < 10
 
 
+@pytest.mark.parametrize(("batch", "arrays"), [("1", 1), ("0", 0), ("true", 0), ("", 0)])
+async def test_only_who_says_so_gets_a_replay_as_an_array(stage: Stage, batch: str, arrays: int) -> None:
+    user = await stage.user("ann", channels=("app:*",))
+    start = str(stage.context.history.position)
+    await stage.publish("app:1", 1, 2, 3)
+    await stage.until(lambda: stage.context.feed.offset == 3)
+    query = {"token": stage.tokens.issue_short(user), "channels": "app:1", "since": start, "batch": batch}
+    async with stage.session.ws_connect(stage.url, params=query) as websocket:
+        assert (await websocket.receive_json(timeout=10))["event_type"] == "connected"
+        replayed = [await websocket.receive_json(timeout=10) for _ in range(1 if arrays else 3)]
+        assert sum(isinstance(frame, list) for frame in replayed) == arrays
+        events = replayed[0] if arrays else replayed
+        assert [event["data"]["n"] for event in events] == [1, 2, 3]
+        await stage.publish("app:1", 4)
+        assert (await websocket.receive_json(timeout=10))["data"] == {"n": 4}
+
+
 class Story:
     """A publisher, and one client whose connection is cut again and again."""
 
