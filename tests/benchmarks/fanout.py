@@ -156,7 +156,7 @@ def figures(scenario: Scenario, samples: dict[str, list[Sample]]) -> list[Figure
         if other in samples:
             found.append(Figure(name, spread(ratios(samples, other)), f">= {share:g}", _rates(samples, "ours", other)))
         else:
-            found.append(Figure(name, "-", f">= {share:g}", f"not here: {KINDS[other].missing()}"))
+            found.append(Figure(name, "-", f">= {share:g}", KINDS[other].missing() or "not measured"))
     if not scenario.wanted:
         p99 = [sample.p99 for sample in samples["ours"]]
         others = ", ".join(
