@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import aiohttp
 import psutil
 
 from auth.permissions import Identity
@@ -23,13 +19,12 @@ from orchestrator.database import Pool
 from orchestrator.eventlog.rabbitmq import RabbitLog
 from orchestrator.settings import AmqpSettings, DatabaseSettings
 from tests.integration.faults.viewer import PATIENCE, Viewer
+from tests.integration.processes.process import SECRET, Process
 from tests.rabbitmq import free_ports
 
-SECRET = "6f1e0f1c5d3b4a29b8a7c6d5e4f30211"
 TOKENS = TokenSettings(secret=SECRET)
 # Connections of one user: all viewers of a test are one.
 CROWD = 10_000
-REPOSITORY = Path(__file__).parents[3]
 
 
 @dataclass
@@ -41,34 +36,13 @@ class Replica:
     context: Context
 
 
-class Process:
-    """`python -m MODULE` as operators run it. Its output goes to a file; `kill` is -9."""
-
-    def __init__(self, module: str, folder: Path, environment: dict[str, str]) -> None:
-        (self.port,) = free_ports(1)
-        self._module = module
-        self._environment = {**os.environ, "HOST": "127.0.0.1", "PORT": str(self.port), **environment}
-        self.output = folder / f"{module}-{self.port}.log"
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def start(self) -> None:
-        """Start it, and do not wait."""
-        with self.output.open("ab") as output:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", self._module, env=self._environment, cwd=REPOSITORY,
-                stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
+class Gateway(Process):
+    """A gateway in a process of its own."""
 
     @property
-    def pid(self) -> int:
-        """Its id."""
-        assert self._process is not None
-        return self._process.pid
-
-    @property
-    def running(self) -> bool:
-        """Whether it has been started and has not ended."""
-        return self._process is not None and self._process.returncode is None
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.environment["PORT"])
 
     @property
     def rss(self) -> int:
@@ -80,35 +54,6 @@ class Process:
         """Sockets of clients that it has open."""
         connections = psutil.Process(self.pid).net_connections("tcp")
         return sum(1 for one in connections if one.laddr.port == self.port and one.status != psutil.CONN_LISTEN)
-
-    async def until_ready(self) -> None:
-        """Return once `/ready` says so. Fails, with its output, when it ends."""
-        async with asyncio.timeout(PATIENCE), aiohttp.ClientSession() as http:
-            while True:
-                assert self.running, self.output.read_text()
-                try:
-                    async with http.get(f"http://127.0.0.1:{self.port}/ready") as answer:
-                        if answer.status == 200:
-                            return
-                except aiohttp.ClientError:
-                    pass
-                await asyncio.sleep(0.05)
-
-    async def kill(self) -> None:
-        """End it with SIGKILL."""
-        self._process.send_signal(signal.SIGKILL)
-        await self._process.wait()
-
-    async def stop(self) -> int:
-        """End it with SIGTERM, if it runs; its exit code."""
-        if self.running:
-            self._process.terminate()
-        try:
-            async with asyncio.timeout(PATIENCE):
-                return await self._process.wait()
-        except TimeoutError:
-            await self.kill()
-            raise AssertionError(f"it did not end: {self.output.read_text()[-2000:]}") from None
 
 
 @dataclass
@@ -161,21 +106,21 @@ class Stage:
         finally:
             await log.close()
 
-    def process(self, module: str = "gateway", **environment: str) -> Process:
+    def process(self, module: str = "gateway", **environment: str) -> Gateway:
         """A process, not started yet; ended with the test."""
-        process = Process(
+        (self.folder / "logs").mkdir(exist_ok=True)
+        process = Gateway(
+            self.folder / "logs",
             module,
-            self.folder,
-            {
+            **{
                 "DATABASE_URL": self.database.url,
                 "AMQP_URL": self.amqp.url,
-                "JWT_SECRET": SECRET,
+                "DATA_DIR": str(self.folder / "data"),
+                "PORT": str(free_ports(1)[0]),
                 "WS_MAX_CONNECTIONS_PER_USER": str(CROWD),
-                "WS_DRAIN_RATE": "100000",
                 "RATE_LIMIT_ADDRESS": "off",
                 "RATE_LIMIT_USER": "off",
                 "RATE_LIMIT_LOGIN": "off",
-                "LOG_FORMAT": "json",
                 **environment,
             },
         )
@@ -187,13 +132,13 @@ class Stage:
         self.stack.push_async_callback(end)
         return process
 
-    async def gateways(self, count: int, **environment: str) -> list[Process]:
+    async def gateways(self, count: int, **environment: str) -> list[Gateway]:
         """So many processes of the gateway, ready, among `ports`."""
         started = [self.process(**environment) for _ in range(count)]
         for process in started:
             await process.start()
         for process in started:
-            await process.until_ready()
+            await process.until_answer("/ready", 200)
             self.ports.append(process.port)
         return started
 

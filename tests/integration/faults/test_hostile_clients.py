@@ -116,9 +116,9 @@ async def watched(stage: Stage, *, size: int, rate: float, **limits: object) -> 
             memory = psutil.Process().memory_info().rss
             watch = Watch(gateway, flow, len(observers))
             yield watch
-            await asyncio.gather(
-                *(viewer.until(lambda v=viewer, n=v_last(viewer): v.last(CHANNEL) > n) for viewer in observers)
-            )
+            # Each hears more after all that.
+            last = max(viewer.last(CHANNEL) for viewer in observers)
+            await asyncio.gather(*(viewer.until(lambda v=viewer: v.last(CHANNEL) > last) for viewer in observers))
         await caught_up(stage.viewers, flow.sent)
         prove(stage.viewers, flow.sent)
         assert all(viewer.connections == 1 for viewer in observers), "an observer was disturbed"
@@ -138,10 +138,6 @@ class Watch:
         self.observers = observers
         # Bytes by which all of this process may grow.
         self.memory = 96 << 20
-
-
-def v_last(viewer: Viewer) -> int:
-    return viewer.last(CHANNEL)
 
 
 def settled(observers: list[Viewer], seconds: float) -> list[tuple[float, float]]:

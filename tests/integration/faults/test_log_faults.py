@@ -20,25 +20,24 @@ STREAM = "cluster-code.events"
 
 async def test_a_broker_that_is_killed_and_started_again_loses_nothing(stage_on: MakeStage, broker: Broker) -> None:
     await broker.server.add_vhost("killed")
-    async with stage_on(broker.server.amqp_url("killed")) as stage:
-        async with stage.gateway(), stage.gateway():
-            viewers = await stage.audience(20, CHANNELS)
-            flow = Flow(await stage.log())
-            async with flow.flowing(CHANNELS, 200):
-                await seen(viewers, flow, 50)
-                await broker.kill()
-                # Clients that come while it is away are served from what the gateways have.
-                for viewer in viewers[:10]:
-                    viewer.cut()
-                await asyncio.gather(*(viewer.until(lambda v=viewer: v.connections == 2) for viewer in viewers[:10]))
-                await broker.start()
-                await seen(viewers, flow, 100)
-            await caught_up(viewers, flow.sent)
-            assert prove(viewers, flow.sent) == 20 * flow.sent.total()
-            # Nobody was told that something is missing, and nobody was sent away.
-            assert all(len(segments) == 1 for viewer in viewers for segments in viewer.segments.values())
-            assert sum(viewer.connections for viewer in viewers) == 30
-            await stage.leave()
+    async with stage_on(broker.server.amqp_url("killed")) as stage, stage.gateway(), stage.gateway():
+        viewers = await stage.audience(20, CHANNELS)
+        flow = Flow(await stage.log())
+        async with flow.flowing(CHANNELS, 200):
+            await seen(viewers, flow, 50)
+            await broker.kill()
+            # Clients that come while it is away are served from what the gateways have.
+            for viewer in viewers[:10]:
+                viewer.cut()
+            await asyncio.gather(*(viewer.until(lambda v=viewer: v.connections == 2) for viewer in viewers[:10]))
+            await broker.start()
+            await seen(viewers, flow, 100)
+        await caught_up(viewers, flow.sent)
+        assert prove(viewers, flow.sent) == 20 * flow.sent.total()
+        # Nobody was told that something is missing, and nobody was sent away.
+        assert all(len(segments) == 1 for viewer in viewers for segments in viewer.segments.values())
+        assert sum(viewer.connections for viewer in viewers) == 30
+        await stage.leave()
     await broker.server.delete_vhost("killed")
 
 

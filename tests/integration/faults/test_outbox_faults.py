@@ -24,7 +24,7 @@ from orchestrator.settings import DatabaseSettings
 from scripts.embedded import EmbeddedPostgres
 from tests.integration.faults.conftest import MakeStage
 from tests.integration.faults.stage import caught_up, until
-from tests.integration.faults.viewer import prove
+from tests.integration.faults.viewer import Viewer, prove
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -71,13 +71,11 @@ async def test_what_is_committed_while_postgres_is_killed_again_and_again_is_tol
         committing = asyncio.create_task(commit(database_settings, sent))
         try:
             for end in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
-                goal = sent[CHANNEL] + 60
-                await asyncio.gather(*(viewer.until(lambda v=viewer: v.last(CHANNEL) >= goal) for viewer in viewers))
+                await further(viewers, sent)
                 before = own_postgres.pid
                 os.kill(before, end)
                 await until(lambda before=before: own_postgres.pid not in (None, before))
-            goal = sent[CHANNEL] + 60
-            await asyncio.gather(*(viewer.until(lambda v=viewer: v.last(CHANNEL) >= goal) for viewer in viewers))
+            await further(viewers, sent)
             # Clients that come back meanwhile find the database again, too.
             for viewer in viewers:
                 viewer.cut()
@@ -97,6 +95,12 @@ async def test_what_is_committed_while_postgres_is_killed_again_and_again_is_tol
         assert all(len(viewer.segments[CHANNEL]) == 1 for viewer in viewers)
         assert await waiting(database_settings) == 0
         await stage.leave()
+
+
+async def further(viewers: list[Viewer], sent: Counter[str]) -> None:
+    """Return once each viewer has got some that were not committed before."""
+    goal = sent[CHANNEL] + 60
+    await asyncio.gather(*(viewer.until(lambda v=viewer: v.last(CHANNEL) >= goal) for viewer in viewers))
 
 
 async def commit(settings: DatabaseSettings, sent: Counter[str]) -> None:

@@ -190,6 +190,10 @@ class Viewer:
         self.codes: Counter[int] = Counter()
         self.refusals: Counter[int] = Counter()
         self.errors: list[dict[str, Any]] = []
+        # Events of others than the tests.
+        self.others: list[dict[str, Any]] = []
+        # How often it was told that something may be missing.
+        self.unrecovered = 0
         # (when it came, seconds since it was published) of events that came live.
         self.latencies: list[tuple[float, float]] | None = None
         self.final: int | None = None
@@ -309,7 +313,11 @@ class Viewer:
         offset = message.get("offset")
         if offset is None:
             self._control(message["event_type"], channel, data)
-        elif "n" in data:
+        elif "n" not in data:
+            self.others.append(message)
+            if channel not in self.replaying:
+                self.position = f"{self.position.split(':')[0]}:{offset}"
+        else:
             segment = self.segments[channel][-1]
             segment.events.append((offset, data["n"]))
             if channel in self.replaying:
@@ -324,6 +332,7 @@ class Viewer:
     def _control(self, event_type: str, channel: str, data: dict[str, Any]) -> None:
         if event_type == "connected":
             settled = [name for name in self.channels if name not in self.replaying]
+            self.unrecovered += not data["recovered"]
             for name in settled:
                 if not data["recovered"] or name not in self.segments:
                     self._begin(name, data["position"])
@@ -334,6 +343,7 @@ class Viewer:
             for name, since in self.replaying.items():
                 self._link.send({"action": "subscribe", "channel": name, "since": since})
         elif event_type == "subscribed":
+            self.unrecovered += not data["recovered"]
             if self.replaying.pop(channel, None) is not None and not data["recovered"]:
                 self._begin(channel, data["position"])
             self.position = data["position"]
