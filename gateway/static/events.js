@@ -58,8 +58,10 @@ function begin(me) {
   client.on("state", showState);
   client.on("event", showEvent);
   client.on("subscribed", ({ channel, recovered }) => {
-    channels.get(channel)?.item.classList.remove("asked");
-    if (channel !== `user:${me.id}` && recovered) say(`subscribed to ${channel}`);
+    const list = channels.get(channel)?.item.classList;
+    // After a cut all are subscribed to again: that is no news.
+    if (list?.contains("asked") && recovered) say(`subscribed to ${channel}`);
+    list?.remove("asked");
   });
   client.on("lost", ({ channels: names, position }) =>
     say(`Some events of ${names.join(", ")} are gone: what is shown goes on after ${position}. An app reloads its state now.`, "lost"));
