@@ -81,3 +81,7 @@ class ProviderFailure(ClusterCodeError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class HeldElsewhere(ClusterCodeError):
+    """Another orchestrator runs this provider, and looks after its sessions."""

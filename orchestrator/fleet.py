@@ -1,12 +1,14 @@
 """The providers that are open in this process: opened, changed and closed as the table `providers` says.
 
-Each is watched (what happens to its sessions by themselves) and checked regularly (`providers.state`).
+Each is watched (what happens to its sessions by themselves) and checked regularly (`providers.state`). One whose
+sessions live in the process that opened it is opened by one orchestrator at a time: the others wait for its lock
+(`holds`), leave its sessions alone meanwhile, and take them over when its holder dies.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -15,14 +17,18 @@ from typing import Any, Protocol, TypeAlias
 import structlog
 
 from orchestrator.database import UNAVAILABLE, Pool, backoff
-from orchestrator.errors import ClusterCodeError, ProviderUnavailable
-from orchestrator.providers.contract import LogSink, Observation, Provider
+from orchestrator.errors import ClusterCodeError, HeldElsewhere, ProviderUnavailable
+from orchestrator.holds import Holds
+from orchestrator.providers.contract import IN_PROCESS, LogSink, Observation, Provider
+from orchestrator.sessions import leases
 
 log = structlog.get_logger("providers")
 
 # Seconds between two checks of each provider, and how long one may take.
 CHECK_INTERVAL = 15.0
 CHECK_DEADLINE = 10.0
+# Seconds between two looks for what another orchestrator has let go of.
+LOOK_INTERVAL = 1.0
 # Seconds after which `checked_at` is written although nothing changed.
 TOUCH_INTERVAL = 60.0
 # Seconds that a provider gets to close.
@@ -48,14 +54,23 @@ class _Config:
     options: Mapping[str, Any]
     enabled: bool
 
+    @property
+    def exclusive(self) -> bool:
+        """Whether one orchestrator at a time may have it open."""
+        return self.enabled and self.kind in IN_PROCESS
+
 
 @dataclass(slots=True)
 class _Member:
-    """One row. `provider` is None when it is not open: `why` says so to the users of its sessions."""
+    """One row. `provider` is None when it is not open: `why` says so to the users of its sessions.
+
+    `elsewhere`: another orchestrator has it open, or will have in a moment.
+    """
 
     config: _Config
     provider: Provider | None = None
     why: str = ""
+    elsewhere: bool = False
     watch: asyncio.Task[None] | None = None
     # What was last written: (state, message), and when (monotonic).
     told: tuple[str, str] | None = None
@@ -63,11 +78,12 @@ class _Member:
 
 
 class Fleet:
-    """All providers of the table. `refresh` before use, `close` at the end."""
+    """All providers of the table. `refresh` before use, `look` about once a second, `close` at the end."""
 
     def __init__(
         self,
         pool: Pool,
+        holds: Holds,
         open_provider: OpenProvider,
         *,
         data_dir: Path,
@@ -76,31 +92,53 @@ class Fleet:
         on_change: Callable[[], None],
     ) -> None:
         self._pool = pool
+        self._holds = holds
         self._open_provider = open_provider
         self._data_dir = data_dir
         self._sink = sink
         self._on_observation = on_observation
         self._on_change = on_change
         self._members: dict[int, _Member] = {}
+        self._held: frozenset[int] = frozenset()
         self._refreshing = asyncio.Lock()
         self._closed = False
 
     async def find(self, provider_id: int | None) -> Provider:
         """The open provider with this id, looked up in the table when it is new.
 
-        Raises ProviderUnavailable, saying why there is none, and what is in `database.UNAVAILABLE`.
+        Raises ProviderUnavailable, saying why there is none, HeldElsewhere, and what is in `database.UNAVAILABLE`.
         """
         if provider_id is not None and provider_id not in self._members:
             await self.refresh()
         member = self._members.get(provider_id) if provider_id is not None else None
         if member is None:
             raise ProviderUnavailable("The session's provider was removed.")
+        if member.elsewhere:
+            raise HeldElsewhere(member.why)
         if member.provider is None:
             raise ProviderUnavailable(member.why)
         return member.provider
 
+    @property
+    def held(self) -> frozenset[int]:
+        """The providers that this orchestrator alone has open."""
+        return self._held
+
+    @property
+    def elsewhere(self) -> list[int]:
+        """The providers that another orchestrator has open alone."""
+        return [provider_id for provider_id, member in self._members.items() if member.elsewhere]
+
+    async def look(self) -> None:
+        """Take what another orchestrator has let go of, and let go of what it has taken."""
+        if await self._holds.look(self._exclusive()) != self._held:
+            await self.refresh()
+
+    def _exclusive(self) -> list[int]:
+        return [provider_id for provider_id, member in self._members.items() if member.config.exclusive]
+
     async def refresh(self) -> None:
-        """Open, reopen and close providers as the table says now."""
+        """Open, reopen and close providers as the table says now, and as this orchestrator holds them."""
         async with self._refreshing:
             if self._closed:
                 return
@@ -112,22 +150,46 @@ class Fleet:
                 member = self._members[provider_id]
                 config = wanted.get(provider_id)
                 # One that could not be opened may fare better now.
-                if config == member.config and (member.provider is not None or not config.enabled):
+                if config == member.config and (member.provider or member.elsewhere or not config.enabled):
                     continue
                 changed = changed or member.config != config
-                if member.provider is not None:
-                    await self._close(member)
-                del self._members[provider_id]
+                await self._discard(provider_id)
+            held = await self._holds.look([key for key, config in wanted.items() if config.exclusive])
+            if taken := held - self._held:
+                await self._take_over(taken)
+            for provider_id in self._members.keys() & (held ^ self._held):
+                # What another orchestrator has now, whose sessions it starts, must not run here, too.
+                changed = True
+                await self._discard(provider_id)
+            self._held = held
             for provider_id, config in wanted.items():
-                if provider_id not in self._members:
+                if provider_id in self._members:
+                    continue
+                if config.exclusive and provider_id not in held:
+                    why = f"Another orchestrator runs the provider {config.name!r}."
+                    self._members[provider_id] = _Member(config, why=why, elsewhere=True)
+                else:
                     self._members[provider_id] = self._open(config)
                     changed = True
         if changed:
             self._on_change()
 
+    async def _take_over(self, provider_ids: Collection[int]) -> None:
+        """Whoever worked on these providers' sessions does so no more: it has died, or they are none of its own now."""
+        async with self._pool.acquire() as connection:
+            count = await leases.void(connection, provider_ids)
+        log.info("providers are ours now", providers=sorted(provider_ids), interrupted=count)
+
+    async def _discard(self, provider_id: int) -> None:
+        member = self._members.pop(provider_id)
+        if member.provider is not None:
+            await self._close(member)
+
     async def check(self) -> None:
         """Ask each open provider whether it can be used, all at once, and write down what changed."""
-        members = {key: member for key, member in self._members.items() if member.config.enabled}
+        members = {
+            key: member for key, member in self._members.items() if member.config.enabled and not member.elsewhere
+        }
         states = await asyncio.gather(*(_state(member) for member in members.values()))
         for (provider_id, member), state in zip(members.items(), states, strict=True):
             if state == member.told and monotonic() < member.told_at + TOUCH_INTERVAL:
@@ -146,6 +208,8 @@ class Fleet:
         async with self._refreshing:
             members, self._members = list(self._members.values()), {}
             await asyncio.gather(*(self._close(member) for member in members if member.provider is not None))
+            # Not before: another orchestrator begins as soon as it can.
+            self._holds.close()
 
     async def _tell(self, provider_id: int, state: tuple[str, str]) -> None:
         async with self._pool.acquire() as connection, connection.transaction():

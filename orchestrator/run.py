@@ -14,6 +14,7 @@ from orchestrator.database import UNAVAILABLE, Pool, Wakeup, backoff, guard, lea
 from orchestrator.eventlog import outbox
 from orchestrator.eventlog.contract import EventLog
 from orchestrator.fleet import Fleet, OpenProvider
+from orchestrator.holds import Holds
 from orchestrator.logs import LogWriter
 from orchestrator.sessions import leases
 from orchestrator.sessions.culling import cull
@@ -61,18 +62,19 @@ class Orchestrator:
         self._work = Wakeup()
         self._outbox = Wakeup()
         self._upkeep = Wakeup()
+        self._own_upkeep = Wakeup()
         self._logs = LogWriter(pool, log, keep=settings.log_lines)
         self._fleet = Fleet(
             pool,
+            Holds(database_settings),
             open_provider,
             data_dir=settings.data_dir,
             sink=self._logs.sink,
             on_observation=lambda session_id, seen: self._observer.look(session_id, seen),
-            # Sessions of a provider that was opened anew may be gone.
-            on_change=self._upkeep.set,
+            on_change=self._look_anew,
         )
         self._observer = Observer(settings, pool, self._work, self._fleet.find)
-        self._reconciler = Reconciler(settings, pool, self._work, self._fleet.find)
+        self._reconciler = Reconciler(settings, pool, self._work, self._fleet.find, lambda: self._fleet.elsewhere)
         self._culled_at: float | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -103,7 +105,7 @@ class Orchestrator:
 
     async def _take_over(self) -> None:
         async with self._pool.acquire() as connection:
-            if count := await leases.void_all(connection):
+            if count := await leases.void(connection):
                 log.warning("going on with what a killed orchestrator was working on", sessions=count)
 
     def _roots(self) -> dict[str, Coroutine[Any, Any, None]]:
@@ -115,8 +117,15 @@ class Orchestrator:
             "session output": self._logs.run(),
             "reconcile": guard("reconcile", self._reconciler.iterate),
             "upkeep": guard("upkeep", self._lead_upkeep),
+            "own upkeep": guard("own upkeep", self._look_after_own),
             "providers": guard("providers", self._look_after_providers),
+            "holds": guard("holds", self._look_for_providers),
         }
+
+    def _look_anew(self) -> None:
+        """Providers were opened or closed: what ran at them may be gone, and what is due may be ours now."""
+        for wakeup in (self._upkeep, self._own_upkeep, self._work):
+            wakeup.set()
 
     async def _until_one_ends(self) -> None:
         done, _ = await asyncio.wait(self._tasks.values(), return_when=asyncio.FIRST_COMPLETED)
@@ -129,11 +138,23 @@ class Orchestrator:
         """As the leader: inspect what should run, at once and then regularly; end what time has ended."""
         async with leadership(self._database_settings, LEADER_KEY) as connection:
             while True:
-                await self._observer.resync(connection)
+                # What another holds, and what we do, is not for the leader: `_look_after_own`.
+                await self._observer.resync(connection, without=[*self._fleet.held, *self._fleet.elsewhere])
                 if self._culled_at is None or monotonic() >= self._culled_at + CULL_INTERVAL:
                     await cull(connection, self._settings)
                     self._culled_at = monotonic()
                 await self._upkeep.wait(self._settings.resync_interval)
+
+    async def _look_after_own(self) -> None:
+        """Inspect what should run at the providers that only this orchestrator has open."""
+        if held := self._fleet.held:
+            async with self._pool.acquire() as connection:
+                await self._observer.resync(connection, only=held)
+        await self._own_upkeep.wait(self._settings.resync_interval)
+
+    async def _look_for_providers(self) -> None:
+        await self._fleet.look()
+        await asyncio.sleep(fleet.LOOK_INTERVAL)
 
     async def _look_after_providers(self) -> None:
         await self._fleet.refresh()
@@ -143,7 +164,7 @@ class Orchestrator:
     async def _close(self) -> None:
         # Leases are renewed and results recorded while what is under way comes to its end.
         await self._reconciler.drain(self._grace)
-        await self._end("reconcile", "upkeep", "providers")
+        await self._end("reconcile", "upkeep", "own upkeep", "providers", "holds")
         await self._fleet.close()
         await self._end("session output")
         await self._logs.flush(FLUSH_DEADLINE)

@@ -13,6 +13,9 @@ from enum import StrEnum
 from typing import Any, Protocol
 from uuid import UUID
 
+# Kinds whose sessions live in the process that has opened the provider: one orchestrator at a time has.
+IN_PROCESS = frozenset({"local"})
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:

@@ -16,8 +16,11 @@ from orchestrator.sessions import record
 from orchestrator.sessions.record import COLUMNS, Session
 
 
-async def claim(connection: Connection, lease: float, limit: int) -> list[Session]:
-    """Take up to `limit` rows that are due and that nobody works on, for `lease` seconds; longest due first."""
+async def claim(connection: Connection, lease: float, limit: int, *, without: Collection[int] = ()) -> list[Session]:
+    """Take up to `limit` rows that are due and that nobody works on, for `lease` seconds; longest due first.
+
+    `without`: the providers whose sessions are another's to work on.
+    """
     rows = await connection.fetch(
         # ARRAY(…) is computed once, so that LIMIT holds; in IN (…) it may be run for every row.
         f"""UPDATE sessions SET lease_owner = gen_random_uuid(), lease_expires_at = now() + make_interval(secs => $1)
@@ -25,10 +28,12 @@ async def claim(connection: Connection, lease: float, limit: int) -> list[Sessio
                    SELECT id FROM sessions
                     WHERE (observed_generation < generation OR stale) AND next_attempt_at <= now()
                       AND (lease_expires_at IS NULL OR lease_expires_at <= now())
+                      AND coalesce(provider_id, 0) <> ALL ($3::bigint[])
                     ORDER BY next_attempt_at LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED))
          RETURNING {COLUMNS}""",  # noqa: S608  Our own column names.
         lease,
         limit,
+        list(without),
     )
     return [Session(*row) for row in rows]
 
@@ -70,11 +75,15 @@ async def release(connection: Connection, session: Session) -> None:
     )
 
 
-async def void_all(connection: Connection) -> int:
-    """End every lease: for who knows that no other orchestrator lives. Returns how many there were."""
+async def void(connection: Connection, provider_ids: Collection[int] | None = None) -> int:
+    """End every lease, or those of the providers' sessions; how many there were.
+
+    For who knows that nobody else works on them: the only orchestrator, or the holder of the providers.
+    """
     result: str = await connection.execute(
         "UPDATE sessions SET lease_owner = NULL, lease_expires_at = NULL, start_deadline_at = NULL "
-        "WHERE lease_owner IS NOT NULL"
+        "WHERE lease_owner IS NOT NULL AND ($1::bigint[] IS NULL OR provider_id = ANY ($1))",
+        None if provider_ids is None else list(provider_ids),
     )
     return int(result.split()[-1])
 

@@ -7,13 +7,13 @@ end in one short transaction that changes the row only if no request came meanwh
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import TypeAlias
 
 import structlog
 
 from orchestrator.database import Connection, Pool, Wakeup
-from orchestrator.errors import NotFound, ProviderUnavailable
+from orchestrator.errors import HeldElsewhere, NotFound, ProviderUnavailable
 from orchestrator.providers.contract import Observation
 from orchestrator.sessions import record, steps, store
 from orchestrator.sessions.record import After, Session
@@ -37,12 +37,15 @@ class Observer:
         self._wakeup = wakeup
         self._find = find
 
-    async def resync(self, connection: Connection) -> None:
-        """Inspect all that should be running, `settings.concurrency` at a time; `connection` reads the list.
+    async def resync(
+        self, connection: Connection, *, only: Collection[int] | None = None, without: Collection[int] = ()
+    ) -> None:
+        """Inspect what should be running, `settings.concurrency` at a time; `connection` reads the list.
 
-        Raises what is in `database.UNAVAILABLE`.
+        `only`, `without`: the providers whose sessions to inspect, and not to. Raises what is in
+        `database.UNAVAILABLE`.
         """
-        async for ids in _should_run(connection):
+        async for ids in _should_run(connection, only, without):
             for start in range(0, len(ids), self._settings.concurrency):
                 await self._look_at(ids[start : start + self._settings.concurrency])
 
@@ -70,6 +73,8 @@ class Observer:
         try:
             provider = await self._find(session.provider_id)
             observation = await steps.look(provider, session.ref)
+        except HeldElsewhere:
+            return
         except ProviderUnavailable as error:
             away: Changes = {
                 "stale": True,
@@ -107,7 +112,9 @@ def _settled(session: Session) -> bool:
     return session.desired == Desired.RUNNING and not session.outstanding and not session.stale
 
 
-async def _should_run(connection: Connection) -> AsyncIterator[list[int]]:
+async def _should_run(
+    connection: Connection, only: Collection[int] | None, without: Collection[int]
+) -> AsyncIterator[list[int]]:
     """The ids of what should be running, in batches. What is in error is left to its provider's reports."""
     after = 0
     while True:
@@ -115,9 +122,12 @@ async def _should_run(connection: Connection) -> AsyncIterator[list[int]]:
             """SELECT id FROM sessions
                 WHERE status IN ('starting', 'running') AND desired = 'running'
                   AND observed_generation = generation AND NOT stale AND id > $1
+                  AND ($3::bigint[] IS NULL OR provider_id = ANY ($3)) AND provider_id <> ALL ($4::bigint[])
                 ORDER BY id LIMIT $2""",
             after,
             _BATCH,
+            None if only is None else list(only),
+            list(without),
         )
         if not rows:
             return

@@ -8,6 +8,7 @@ wait for a start.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -56,13 +57,24 @@ class _Claim:
 
 
 class Reconciler:
-    """Works on up to `settings.concurrency` sessions at once. `run` until cancelled, then `drain`."""
+    """Works on up to `settings.concurrency` sessions at once. `iterate` until cancelled, then `drain`.
 
-    def __init__(self, settings: OrchestratorSettings, pool: Pool, wakeup: Wakeup, find: FindProvider) -> None:
+    `elsewhere` names the providers whose sessions are another orchestrator's.
+    """
+
+    def __init__(
+        self,
+        settings: OrchestratorSettings,
+        pool: Pool,
+        wakeup: Wakeup,
+        find: FindProvider,
+        elsewhere: Callable[[], Collection[int]] = tuple,
+    ) -> None:
         self._settings = settings
         self._pool = pool
         self._wakeup = wakeup
         self._find = find
+        self._elsewhere = elsewhere
         self._claims: dict[UUID, _Claim] = {}
         self._renewed_at = 0.0
         self._accepting = True
@@ -138,7 +150,7 @@ class Reconciler:
         loop = asyncio.get_running_loop()
         now = loop.time()
         async with self._pool.acquire() as connection:
-            sessions = await leases.claim(connection, self._settings.lease, free)
+            sessions = await leases.claim(connection, self._settings.lease, free, without=self._elsewhere())
         self._more = len(sessions) == free
         if not self._claims:
             self._renewed_at = now

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 import structlog
 
 from orchestrator.database import UNAVAILABLE, Pool, backoff
-from orchestrator.errors import ProviderFailure, ProviderUnavailable
+from orchestrator.errors import HeldElsewhere, ProviderFailure, ProviderUnavailable
 from orchestrator.providers.contract import Machine, Observation, Provider, SessionRef, SessionSpec
 from orchestrator.sessions import leases
 from orchestrator.sessions.record import After, Session, endpoint_columns, statuses
@@ -31,12 +31,12 @@ MAX_BACKOFF = 60.0
 
 T = TypeVar("T")
 Changes: TypeAlias = dict[str, Any]
-# Finds the open provider with this id, or raises ProviderUnavailable, saying why there is none.
+# Finds the open provider with this id, or raises ProviderUnavailable, saying why there is none, or HeldElsewhere.
 FindProvider: TypeAlias = Callable[[int | None], Awaitable[Provider]]
 
 
 class Interrupted(Exception):
-    """The step ends without a result: the claim was lost or overtaken, or the database is away."""
+    """The step ends without a result: the claim was lost or overtaken, is not ours, or the database is away."""
 
 
 async def carry_out(session: Session, *, pool: Pool, find: FindProvider, start_deadline: float) -> Changes:
@@ -94,6 +94,8 @@ async def _bounded(call: Awaitable[T], seconds: float, what: str) -> T:
 async def _find(session: Session, find: FindProvider) -> Provider:
     try:
         return await find(session.provider_id)
+    except HeldElsewhere as error:
+        raise Interrupted(str(error)) from error
     except UNAVAILABLE as error:
         raise Interrupted(f"database away: {error or type(error).__name__}") from error
 
