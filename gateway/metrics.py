@@ -16,7 +16,7 @@ from gateway.context import Context
 from gateway.operation import lease
 from orchestrator.database import UNAVAILABLE
 from orchestrator.errors import LogUnavailable
-from orchestrator.eventlog import outbox
+from orchestrator.eventlog import dead_letters, outbox
 from orchestrator.sessions import store
 
 log = structlog.get_logger("gateway.metrics")
@@ -73,6 +73,7 @@ class _Readings(Collector):
         self._context = context
         self._sessions: Mapping[str, int] = {}
         self._outbox: tuple[int, float] = (0, 0.0)
+        self._dead_letters: tuple[int, int] = (0, 0)
         self._log_head = 0
         self._database_up = False
         self._refreshed: float | None = None
@@ -88,6 +89,7 @@ class _Readings(Collector):
                     self._sessions = await store.count_by_status(connection)
                     count, age = await outbox.lag(connection)
                     self._outbox = (count, age)
+                    self._dead_letters = await dead_letters.count(connection)
                 self._database_up = True
             except UNAVAILABLE as error:
                 self._database_up = False
@@ -109,6 +111,9 @@ class _Readings(Collector):
         count, age = self._outbox
         yield _gauge("outbox_events", "Events that the log has not confirmed yet.", count)
         yield _gauge("outbox_oldest_seconds", "Age of the oldest of them.", age)
+        letters, waiting = self._dead_letters
+        yield _gauge("dead_letters", "Messages that nobody could use, of all gateways, as kept on file.", letters)
+        yield _gauge("dead_letters_waiting", "Those of them that are not in their queue yet.", waiting)
         sessions = GaugeMetricFamily("cluster_code_sessions", "Sessions, by status.", labels=["status"])
         for status, number in self._sessions.items():
             sessions.add_metric([status], number)
@@ -122,6 +127,7 @@ class _Readings(Collector):
         if feed.age is not None:
             yield _gauge("feed_age_seconds", "Seconds since it read one.", feed.age)
         yield _counter("feed_invalid", "Entries that were no envelope and were passed over.", feed.invalid)
+        yield _counter("dead_letters_dropped", "Those that came too fast to be noted.", feed.dead_letters.dropped)
         yield _counter("feed_failures", "Times that the log could not be read.", feed.failures)
         yield _counter("feed_resets", "Times that the feed began anew, and all clients with it.", feed.resets)
         yield _gauge("history_events", "Events kept for clients that resume.", len(history))

@@ -41,6 +41,7 @@ async def _work(env: Env, signals: Signals) -> int:
             database_settings=database,
             pool=pool,
             log=events,
+            exchange=events,
             open_provider=partial(open_provider, repo_schemes=schemes),
         )
         task = await stack.enter_async_context(process.running(orchestrator.run(), "orchestrator"))

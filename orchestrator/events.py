@@ -17,6 +17,9 @@ import orjson
 
 # The durable topic exchange to which other services publish.
 EXCHANGE = "apps.clusterix-code-v1"
+# What another service tells of its users, and the queue in which it waits to be obeyed.
+USER_MESSAGES = "auth.user.*"
+USERS_QUEUE = "cluster-code.users"
 
 BROADCAST = "broadcast"
 CLUSTER = "cluster"

@@ -9,10 +9,10 @@ from typing import Any
 
 import structlog
 
-from orchestrator import fleet
+from orchestrator import events, fleet
 from orchestrator.database import UNAVAILABLE, Pool, Wakeup, backoff, guard, leadership, listen, require_schema
-from orchestrator.eventlog import outbox
-from orchestrator.eventlog.contract import EventLog
+from orchestrator.eventlog import dead_letters, outbox
+from orchestrator.eventlog.contract import EventLog, Exchange
 from orchestrator.fleet import Fleet, OpenProvider
 from orchestrator.holds import Holds
 from orchestrator.logs import LogWriter
@@ -22,6 +22,7 @@ from orchestrator.sessions.observe import Observer
 from orchestrator.sessions.reconcile import Reconciler
 from orchestrator.settings import DatabaseSettings, OrchestratorSettings
 from orchestrator.tasks import to_the_end
+from orchestrator.user_sync import UserSync
 
 log = structlog.get_logger("orchestrator")
 
@@ -38,8 +39,9 @@ class Orchestrator:
 
     `run` until cancelled: the first cancellation takes no new work, gives steps that are under way `grace` seconds,
     gives the rest back so that another goes on at once, and closes the providers. `alone` says that no other
-    orchestrator works on this database (it is embedded): what a killed one held is then taken over at once. The pool
-    and the event log are the caller's, and outlive this.
+    orchestrator works on this database (it is embedded): what a killed one held is then taken over at once. `exchange`
+    is what there is beside a log in RabbitMQ. The pool, the event log and the exchange are the caller's, and outlive
+    this.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Orchestrator:
         pool: Pool,
         log: EventLog,
         open_provider: OpenProvider,
+        exchange: Exchange | None = None,
         alone: bool = False,
         grace: float = 5.0,
     ) -> None:
@@ -57,10 +60,12 @@ class Orchestrator:
         self._database_settings = database_settings
         self._pool = pool
         self._event_log = log
+        self._exchange = exchange
         self._alone = alone
         self._grace = grace
         self._work = Wakeup()
         self._outbox = Wakeup()
+        self._dead_letters = Wakeup()
         self._upkeep = Wakeup()
         self._own_upkeep = Wakeup()
         self._logs = LogWriter(pool, log, keep=settings.log_lines)
@@ -109,9 +114,9 @@ class Orchestrator:
                 log.warning("going on with what a killed orchestrator was working on", sessions=count)
 
     def _roots(self) -> dict[str, Coroutine[Any, Any, None]]:
-        wakeups = {"sessions": self._work, "outbox": self._outbox}
+        wakeups = {"sessions": self._work, "outbox": self._outbox, "dead_letters": self._dead_letters}
         poll = self._settings.poll_interval
-        return {
+        roots: dict[str, Coroutine[Any, Any, None]] = {
             "listen": listen(self._database_settings, wakeups),
             "outbox relay": outbox.relay(self._database_settings, self._event_log, self._outbox, poll),
             "session output": self._logs.run(),
@@ -121,6 +126,14 @@ class Orchestrator:
             "providers": guard("providers", self._look_after_providers),
             "holds": guard("holds", self._look_for_providers),
         }
+        if self._exchange is not None:
+            roots["dead letters"] = dead_letters.relay(
+                self._database_settings, self._exchange, self._dead_letters, poll
+            )
+            roots["user sync"] = self._exchange.consume(
+                events.USERS_QUEUE, [events.USER_MESSAGES], UserSync(self._pool).handle
+            )
+        return roots
 
     def _look_anew(self) -> None:
         """Providers were opened or closed: what ran at them may be gone, and what is due may be ours now."""

@@ -211,3 +211,11 @@ class OrchestratorSettings:
         help="Seconds that a deleted session can still be read.",
         check=positive,
     )
+    # Longer than HISTORY_SECONDS: what a starting gateway reads again must still be known here.
+    dead_letter_retention: float = variable(
+        "DEAD_LETTER_RETENTION",
+        "float",
+        7 * 86400.0,
+        help="Seconds that messages which nobody could use are listed.",
+        check=positive,
+    )

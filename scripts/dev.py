@@ -48,6 +48,8 @@ from scripts.target import DATABASE
 if TYPE_CHECKING:
     from environs import Env
 
+    from orchestrator.eventlog.rabbitmq import RabbitLog
+
 log = structlog.get_logger("dev")
 
 _CONFIGS = Path(__file__).parent.parent / "configs"
@@ -106,13 +108,15 @@ async def _main(env: Env, settings: Settings) -> None:
         stack.push_async_callback(close_pool, pool)
         await _current_schema(pool, database)
         await _first_start(pool, settings.dev)
-        events = await _event_log(settings.amqp)
+        exchange = await _exchange(settings.amqp)
+        events: EventLog = exchange or MemoryLog()
         stack.push_async_callback(events.close)
         orchestrator = Orchestrator(
             settings=settings.orchestrator,
             database_settings=database,
             pool=pool,
             log=events,
+            exchange=exchange,
             open_provider=partial(open_provider, repo_schemes=settings.gateway.repo_schemes),
             alone=settings.database is None,
         )
@@ -139,10 +143,10 @@ async def _embedded(instance: Instance, parts: list[Awaitable[Any]]) -> AsyncIte
         await server.stop()
 
 
-async def _event_log(settings: AmqpSettings | None) -> EventLog:
-    """In RabbitMQ when there is one, so that other processes and services share it; else in memory."""
+async def _exchange(settings: AmqpSettings | None) -> RabbitLog | None:
+    """RabbitMQ, when there is one: it keeps the log, so that other processes and services share it."""
     if settings is None:
-        return MemoryLog()
+        return None
     from orchestrator.eventlog.rabbitmq import RabbitLog
 
     return await RabbitLog.open(settings, name="cluster-code dev")

@@ -320,6 +320,23 @@ def exchange_declare() -> None:
         click.echo(f"{one.kind} {one.name}: {'was there' if one.existed else 'declared'}")
 
 
+@cli.command("dead-letters")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many, newest first.")
+def dead_letters(limit: int) -> None:
+    """List the messages in the event log that were no events, each with the reason."""
+    from rich.table import Table
+
+    from scripts import letters
+
+    table = Table("At", "Position", "Routing key", "Reason", "Body", "Put away", highlight=False)
+    for one in _run(letters.newest, limit):
+        body = one.body.decode(errors="replace")
+        shown = body if len(body) <= 60 else f"{body[:60]}…"
+        at = f"{one.created_at:%Y-%m-%d %H:%M:%S}"
+        table.add_row(at, one.position, one.routing_key, one.reason, repr(shown), _yes(one.published_at is not None))
+    _print_table(table)
+
+
 def _env() -> Env:
     from orchestrator.settings import environment
 

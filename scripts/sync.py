@@ -16,11 +16,12 @@ import orjson
 import yaml
 from marshmallow import Schema, ValidationError, fields, validate
 
-from auth import accounts, audit
+from auth import audit
 from auth.errors import Taken, Unacceptable
-from gateway import permissions_changed
+from orchestrator import user_sync
 from orchestrator.errors import Conflict, Invalid
 from orchestrator.machine_schema import flatten
+from orchestrator.user_sync import ExternalId, SyncedUser
 from scripts import target
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _LARGEST_FILE = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What happened to one user: `added`, `changed`, `unchanged`, `deleted`, `disabled` or `unknown` (gone already)."""
+    """What happened to one user, as `user_sync.Outcome` says it."""
 
     external_id: str
     email: str
@@ -47,16 +48,8 @@ class _Undone(Exception):
     """Takes a dry run's transaction back."""
 
 
-class _Id(fields.String):
-    """The other service's id: a string or a whole number, kept as text."""
-
-    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> Any:
-        numeric = isinstance(value, int) and not isinstance(value, bool)
-        return super()._deserialize(str(value) if numeric else value, attr, data, **kwargs)
-
-
 class _UserSchema(Schema):
-    id = _Id(required=True, validate=validate.Length(1, 255))
+    id = ExternalId(required=True, validate=validate.Length(1, 255))
     email = fields.String(required=True, validate=validate.Length(3, 254))
     name = fields.String(required=True, validate=validate.Length(1, 200))
     deleted = fields.Boolean(load_default=False, truthy={True}, falsy={False})
@@ -118,17 +111,9 @@ async def apply(connection: Connection, users: Sequence[Mapping[str, Any]]) -> l
 
 
 async def _apply_one(connection: Connection, user: Mapping[str, Any]) -> Change:
-    known = await connection.fetchrow("SELECT id, email, name FROM users WHERE external_id = $1", user["id"])
-    if user["deleted"]:
-        removal = await accounts.delete_synced(connection, user["id"])
-        if known is not None:
-            await permissions_changed.tell(connection, known["id"])
-        return Change(user["id"], user["email"], removal.value)
-    after = await accounts.upsert_synced(connection, user["id"], user["email"], user["name"])
-    if known is None:
-        return Change(user["id"], after.email, "added")
-    same = (known["email"], known["name"]) == (after.email, after.name)
-    return Change(user["id"], after.email, "unchanged" if same else "changed")
+    told = SyncedUser(user["id"], user["email"], user["name"], deleted=user["deleted"])
+    outcome = await user_sync.apply(connection, told, by_operator=True)
+    return Change(user["id"], user["email"], outcome.value)
 
 
 def _clashes(users: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -6,12 +6,12 @@ from aiohttp import web
 from marshmallow import Schema, fields, validate
 
 from auth import accounts, audit, passwords, refresh, revocation
-from gateway import permissions_changed
 from gateway.api.users import Password, User, public
 from gateway.context import Context
 from gateway.fields import NO_NUL, Email, Flag, Text
 from gateway.operation import Call, Database, answer, lease, nothing, operation
 from gateway.problems import Problem
+from orchestrator import permissions_changed
 
 
 class Registration(Schema):

@@ -12,10 +12,10 @@ from marshmallow import Schema, ValidationError, fields, validates_schema
 from auth import accounts, audit, revocation
 from auth.claims import LONGEST_TOKEN_ID
 from auth.permissions import Action, Scope, decide
-from gateway import permissions_changed
 from gateway.fields import Flag, Text, WholeInQuery, moment, object_id, object_id_in_query
 from gateway.operation import Call, Database, PathKind, answer, lease, nothing, operation
 from gateway.realtime import authorization, inquiries
+from orchestrator import permissions_changed
 from orchestrator.events import BROADCAST, MAX_NAME_LENGTH
 
 _COMPLETE = {"description": "false: a replica that should be there has not answered."}

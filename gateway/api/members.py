@@ -10,10 +10,11 @@ from marshmallow import Schema, ValidationError, fields, validate, validates_sch
 from auth import accounts, audit, tenants
 from auth.permissions import Action, Role
 from auth.tenants import Member as Row
-from gateway import lifecycle, permissions_changed
+from gateway import lifecycle
 from gateway.api.workspaces import ROLES, permitted
 from gateway.fields import Email, PageQuery, moment, object_id, page_of
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation, page
+from orchestrator import permissions_changed
 from orchestrator.errors import Invalid
 
 _ONE_MEMBER = {"workspace_id": PathKind.ID, "user_id": PathKind.ID}

@@ -10,9 +10,9 @@ from marshmallow import Schema, fields, validate
 
 from auth import api_tokens, audit
 from auth.permissions import Scope
-from gateway import permissions_changed
 from gateway.fields import Text, moment
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation
+from orchestrator import permissions_changed
 from orchestrator.errors import Invalid
 
 _LONGEST = timedelta(days=3653)

@@ -10,11 +10,11 @@ from marshmallow import Schema, fields
 from auth import accounts, audit, passwords
 from auth.errors import Forbidden
 from auth.permissions import Action, Scope, decide
-from gateway import permissions_changed
 from gateway.fields import NO_NUL, Email, Flag, PageQuery, Text, moment, page_of
 from gateway.operation import Call, Database, PathKind, answer, lease, nothing, operation, page
 from gateway.problems import Problem
 from gateway.ratelimit import LIMITS, limited_address
+from orchestrator import permissions_changed
 
 
 class Password(Text):

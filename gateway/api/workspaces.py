@@ -11,9 +11,10 @@ from auth import audit, tenants
 from auth.errors import NotVisible
 from auth.permissions import Action, Role, decide
 from auth.tenants import Workspace as Row
-from gateway import lifecycle, permissions_changed
+from gateway import lifecycle
 from gateway.fields import PageQuery, Text, moment, page_of
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation, page
+from orchestrator import permissions_changed
 
 ROLES = [role.name.lower() for role in Role]
 # More members than any workspace has.

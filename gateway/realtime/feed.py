@@ -17,6 +17,7 @@ from gateway.realtime.protocol import CloseCode
 from orchestrator.database import Pool, backoff
 from orchestrator.errors import LogUnavailable
 from orchestrator.eventlog.contract import Entry, EpochChanged, EventLog, Truncated
+from orchestrator.eventlog.dead_letters import DeadLetters
 from orchestrator.events import GATEWAY, PERMISSIONS_CHANGED
 
 log = structlog.get_logger("gateway.feed")
@@ -34,6 +35,7 @@ class Feed:
         self.invalid = 0
         self.resets = 0
         self.failures = 0
+        self.dead_letters = DeadLetters(pool)
         self._log = event_log
         self._history = history
         self._hub = hub
@@ -57,15 +59,16 @@ class Feed:
         return None if at is None else asyncio.get_running_loop().time() - at
 
     async def run(self) -> None:
-        """Follow the log, look after the connections, and re-check permissions, for ever.
+        """Follow the log, look after the connections, re-check permissions, note dead letters, for ever.
 
-        Raises (in an ExceptionGroup) what ends any of the three unexpectedly: the process must end then, since its
-        clients would hear nothing more. Cancelling stops all three.
+        Raises (in an ExceptionGroup) what ends any of these unexpectedly: the process must end then, since its
+        clients would hear nothing more. Cancelling stops all of them.
         """
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow(), name="feed")
             group.create_task(liveness.watch(self._hub), name="feed: liveness")
             group.create_task(rechecks.run(self._hub, self._pool), name="feed: rechecks")
+            group.create_task(self.dead_letters.run(), name="feed: dead letters")
 
     async def _follow(self) -> None:
         while True:
@@ -124,6 +127,7 @@ class Feed:
                 self._history.skip(entry.offset)
                 if entry.invalid:
                     self.invalid += 1
+                    self.dead_letters.add(self._history.epoch, entry)
                     log.warning("skipped what is no event", offset=entry.offset, reason=entry.invalid)
                 continue
             if entry.channel == GATEWAY:
@@ -134,6 +138,7 @@ class Feed:
                 stored = self._history.append(entry, now)
             except ValueError as error:
                 self.invalid += 1
+                self.dead_letters.add(self._history.epoch, entry, reason=str(error))
                 log.warning("skipped an event", offset=entry.offset, error=str(error))
                 continue
             if stored is not None:

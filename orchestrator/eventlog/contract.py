@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,4 +93,51 @@ class EventLog(Protocol):
 
     async def close(self) -> None:
         """End all readers and give everything back. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that nobody can use: it is kept in the queue of dead letters with the reason.
+
+    `offset` and `epoch` say where it lies in the log; 0 and "": it does not come from there.
+    """
+
+    body: bytes
+    reason: str
+    routing_key: str
+    offset: int
+    event_id: str
+    epoch: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message from a queue of ours."""
+
+    routing_key: str
+    message_id: str
+    body: bytes
+
+
+class Undeliverable(Exception):
+    """Raised by a handler of `consume`: this message will never do, for the reason given."""
+
+
+class Exchange(Protocol):
+    """What there is beside the log where that is in RabbitMQ: queues of ours."""
+
+    async def dead_letter(self, letters: Sequence[DeadLetter]) -> None:
+        """Put messages into the queue of dead letters; returns once that is durable. Raises LogUnavailable."""
+        ...
+
+    async def consume(
+        self, queue: str, bindings: Sequence[str], handler: Callable[[Delivery], Awaitable[None]]
+    ) -> None:
+        """Hand the messages of a durable queue to `handler`, one at a time, in order, for ever.
+
+        Of all who consume it, one gets the messages. One for which the handler raises Undeliverable goes to the dead
+        letters; after any other error it is handled again, and those behind it wait. Raises LogUnavailable when the log
+        is closed.
+        """
         ...

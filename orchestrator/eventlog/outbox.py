@@ -7,19 +7,14 @@ so do those of transactions that wait for one another's row locks, which is how 
 
 from __future__ import annotations
 
-import asyncio
-
 import asyncpg
 import orjson
-import structlog
 
-from orchestrator.database import UNAVAILABLE, Wakeup, backoff, leadership
-from orchestrator.errors import LogUnavailable
+from orchestrator.database import Connection, Wakeup
 from orchestrator.eventlog.contract import EventLog
+from orchestrator.eventlog.relay import relay as relay_rows
 from orchestrator.events import Event
 from orchestrator.settings import DatabaseSettings
-
-log = structlog.get_logger("outbox")
 
 # The advisory lock of the one relay that works.
 LEADER_KEY = 0x6F7574626F78
@@ -56,38 +51,11 @@ async def relay(
     `poll_interval` seconds. No outage of the database or the log ends it. Cancelling gives up the lead; what
     was published and not deleted yet is published again.
     """
-    failures = 0
-    while True:
-        try:
-            async with leadership(settings, LEADER_KEY) as connection:
-                log.info("relaying the outbox")
-                failures = 0
-                await _lead(connection, event_log, wakeup, poll_interval, settings.timeout, batch)
-        except UNAVAILABLE as error:
-            failures += 1
-            log.warning("the lead is lost", error=str(error) or type(error).__name__, failures=failures)
-            await asyncio.sleep(backoff(failures))
 
+    async def carry(connection: Connection) -> int:
+        return await relay_batch(connection, event_log, limit=batch, timeout=settings.timeout)
 
-async def _lead(
-    connection: asyncpg.Connection,
-    event_log: EventLog,
-    wakeup: Wakeup,
-    poll_interval: float,
-    timeout: float,
-    batch: int,
-) -> None:
-    """Relay through the connection that holds the lead, until it breaks: raises what is in `UNAVAILABLE`."""
-    failures = 0
-    while True:
-        try:
-            if await relay_batch(connection, event_log, limit=batch, timeout=timeout) == 0:
-                await wakeup.wait(poll_interval)
-            failures = 0
-        except LogUnavailable as error:
-            failures += 1
-            log.warning("the log takes no events", error=str(error), failures=failures)
-            await asyncio.sleep(backoff(failures))
+    await relay_rows("outbox", settings, LEADER_KEY, carry, wakeup, poll_interval)
 
 
 async def relay_batch(

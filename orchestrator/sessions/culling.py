@@ -9,6 +9,7 @@ import structlog
 from auth import refresh, revocation, tokens
 from orchestrator.database import Connection
 from orchestrator.errors import NotFound
+from orchestrator.eventlog import dead_letters
 from orchestrator.sessions import store
 from orchestrator.sessions.state import Desired
 from orchestrator.settings import OrchestratorSettings
@@ -31,6 +32,9 @@ async def cull(connection: Connection, settings: OrchestratorSettings) -> dict[s
         "refresh_tokens": await refresh.purge(connection),
         "short_tokens": await tokens.purge(connection),
         "revoked_tokens": await revocation.purge(connection),
+        "dead_letters": await _in_batches(
+            lambda: dead_letters.purge(connection, settings.dead_letter_retention, limit=BATCH)
+        ),
     }
     if any(counts.values()):
         log.info("culled", **counts)

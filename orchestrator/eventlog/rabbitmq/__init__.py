@@ -1,6 +1,6 @@
 """The event log in a RabbitMQ stream, and the queues beside it. The only package that knows aiormq and pamqp."""
 
-from orchestrator.eventlog.rabbitmq.consuming import DeadLetter, Delivery, Undeliverable
+from orchestrator.eventlog.contract import DeadLetter, Delivery, Undeliverable
 from orchestrator.eventlog.rabbitmq.log import Counters, RabbitLog, declare
 from orchestrator.eventlog.rabbitmq.topology import Declared
 

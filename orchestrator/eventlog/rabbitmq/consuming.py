@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 
 import structlog
 
 from orchestrator.errors import LogUnavailable
+from orchestrator.eventlog.contract import DeadLetter, Delivery, Undeliverable
 from orchestrator.eventlog.rabbitmq.links import Links
 from orchestrator.eventlog.rabbitmq.subscription import Subscription
 from orchestrator.eventlog.rabbitmq.topology import Topology
 from orchestrator.eventlog.rabbitmq.wire import MAX_BODY, Incoming, Lost, properties
 
 log = structlog.get_logger("rabbitmq")
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """A message that nobody can use: it is kept in the queue `cluster-code.dead-letter` with the reason."""
-
-    body: bytes
-    reason: str
-    routing_key: str
-    offset: int
-    event_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """One message from a queue of ours."""
-
-    routing_key: str
-    message_id: str
-    body: bytes
-
-
-class Undeliverable(Exception):
-    """Raised by a handler of `consume`: this message will never do, for the reason given."""
 
 
 class Consumer:

@@ -23,8 +23,8 @@ import structlog
 
 from orchestrator.database import backoff
 from orchestrator.errors import LogUnavailable, SettingsError, Unreachable
-from orchestrator.eventlog.contract import Entry, EpochChanged, Truncated
-from orchestrator.eventlog.rabbitmq.consuming import Consumer, DeadLetter, Delivery
+from orchestrator.eventlog.contract import DeadLetter, Delivery, Entry, EpochChanged, Truncated
+from orchestrator.eventlog.rabbitmq.consuming import Consumer
 from orchestrator.eventlog.rabbitmq.entries import entry
 from orchestrator.eventlog.rabbitmq.link import NOT_FOUND, Endpoints, Link, Refused
 from orchestrator.eventlog.rabbitmq.links import Links
@@ -123,7 +123,7 @@ class RabbitLog:
                         "reason": letter.reason[:1000],
                         "routing-key": letter.routing_key,
                         "offset": str(letter.offset),
-                        "epoch": self._epoch,
+                        "epoch": letter.epoch or self._epoch,
                     },
                 )
                 for letter in letters

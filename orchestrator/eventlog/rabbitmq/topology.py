@@ -29,12 +29,13 @@ from aiormq.abc import AbstractChannel
 from orchestrator.errors import SettingsError
 from orchestrator.eventlog.rabbitmq.link import ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED, Lane, Link
 from orchestrator.eventlog.rabbitmq.wire import Incoming, Lost, Publications, Taker, acknowledgement
-from orchestrator.events import EXCHANGE
+from orchestrator.events import EXCHANGE, USER_MESSAGES, USERS_QUEUE
 from orchestrator.settings import AmqpSettings
 
 STREAM = "cluster-code.events"
 EPOCHS = "cluster-code.epochs"
 DEAD_LETTER = "cluster-code.dead-letter"
+_ONE_CONSUMER: dict[str, Any] = {"x-single-active-consumer": True}
 # Dead letters beyond it push out the oldest, so that a broken publisher cannot fill the disk.
 _DEAD_LETTER_BYTES = 256 << 20
 # Seconds after which the stream of epochs, from which nothing more comes, is taken to be read.
@@ -75,12 +76,13 @@ class Topology:
         for _, _, _, make in self._parts():
             await _declare(link, make)
         await _declare(link, lambda channel: channel.queue_bind(STREAM, EXCHANGE, "#"))
+        # Here, too, so that what is published before the first consumer comes is not lost.
+        await _declare(link, partial(_bind, USERS_QUEUE, USER_MESSAGES))
 
     async def declare_queue(self, link: Link, name: str, bindings: Sequence[str]) -> None:
         """Declare a durable queue of ours, of whose consumers one gets the messages. Raises SettingsError, Lost."""
-        one: dict[str, Any] = {"x-single-active-consumer": True}
         await _declare(link, lambda channel: channel.exchange_declare(EXCHANGE, exchange_type="topic", durable=True))
-        await _declare(link, lambda channel: channel.queue_declare(name, durable=True, arguments=one))
+        await _declare(link, lambda channel: channel.queue_declare(name, durable=True, arguments=_ONE_CONSUMER))
         for key in bindings:
             await _declare(link, partial(_bind, name, key))
 
@@ -160,6 +162,7 @@ class Topology:
             ("stream", STREAM, *queue(STREAM, self._stream_arguments)),
             ("stream", EPOCHS, *queue(EPOCHS, epochs)),
             ("queue", DEAD_LETTER, *queue(DEAD_LETTER, dead)),
+            ("queue", USERS_QUEUE, *queue(USERS_QUEUE, _ONE_CONSUMER)),
         ]
 
 

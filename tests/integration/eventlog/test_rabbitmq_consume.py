@@ -157,10 +157,10 @@ async def test_closed_connections_lose_no_message(amqp_url: str, rabbitmq_server
 
 async def test_a_queue_with_other_arguments_is_told(amqp_url: str) -> None:
     async with plainly(amqp_url) as channel:
-        await channel.queue_declare(QUEUE, durable=True)
+        await channel.queue_declare("cluster-code.other", durable=True)
     async with opened(amqp_url) as log:
-        with pytest.raises(SettingsError, match=rf"the queue '{QUEUE}' with x-single-active-consumer none"):
-            await log.consume(QUEUE, KEYS, Handler())
+        with pytest.raises(SettingsError, match="the queue 'cluster-code.other' with x-single-active-consumer none"):
+            await log.consume("cluster-code.other", KEYS, Handler())
 
 
 async def test_a_closed_log_ends_its_consumers(amqp_url: str, rabbitmq_server: Server, vhost: str) -> None:

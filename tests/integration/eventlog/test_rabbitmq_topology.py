@@ -25,6 +25,7 @@ async def test_declaring_says_what_was_there_and_changes_nothing(
         ("stream", STREAM),
         ("stream", "cluster-code.epochs"),
         ("queue", "cluster-code.dead-letter"),
+        ("queue", "cluster-code.users"),
     ]
     given = settings(amqp_url, max_age="2D", max_bytes=10_000_000)
     assert await declare(given) == [Declared(kind, name, existed=False) for kind, name in parts]
