@@ -346,7 +346,12 @@ export class ClusterCode {
     // An `auth` that throws at once is one that fails.
     new Promise((resolve) => resolve(this.#options.auth({ signal: attempt.controller.signal }))).then(
       (token) => this.#attempt === attempt && this.#open(attempt, String(token)),
-      (cause) => this.#attempt === attempt && this.#denied(attempt, asError(cause, "No short token could be had: the gateway cannot be reached, or `auth` failed.")),
+      (cause) =>
+        this.#attempt === attempt &&
+        this.#denied(
+          attempt,
+          asError(cause, "No short token could be had: the gateway cannot be reached, or `auth` failed."),
+        ),
     );
     this.#tell("connecting");
   }

@@ -3,8 +3,14 @@ import { ClusterCode, ClusterCodeError, swap } from "/static/cluster-code.js";
 
 // Rows shown at most: a page that is left open must not grow for ever.
 const MOST_ROWS = 500;
-const WORDS = { idle: "not connected", connecting: "connecting …", connected: "connected", paused: "paused",
-  stopped: "stopped", closed: "disconnected" };
+const WORDS = {
+  idle: "not connected",
+  connecting: "connecting …",
+  connected: "connected",
+  paused: "paused",
+  stopped: "stopped",
+  closed: "disconnected",
+};
 
 const element = (id) => document.getElementById(id);
 const channels = new Map();
@@ -17,11 +23,15 @@ let countdown;
 async function call(method, path, body) {
   const answer = await fetch(`/api/v1${path}`, {
     method,
-    headers: { ...(tokens && { Authorization: `Bearer ${tokens.access_token}` }), ...(body && { "Content-Type": "application/json" }) },
+    headers: {
+      ...(tokens && { Authorization: `Bearer ${tokens.access_token}` }),
+      ...(body && { "Content-Type": "application/json" }),
+    },
     body: body && JSON.stringify(body),
   });
   const content = answer.status === 204 ? null : await answer.json().catch(() => null);
-  if (!answer.ok) throw new ClusterCodeError(content?.detail ?? `The gateway answers ${answer.status}.`, { code: answer.status });
+  if (!answer.ok)
+    throw new ClusterCodeError(content?.detail ?? `The gateway answers ${answer.status}.`, { code: answer.status });
   return content;
 }
 
@@ -64,7 +74,11 @@ function begin(me) {
     list?.remove("asked");
   });
   client.on("lost", ({ channels: names, position }) =>
-    say(`Some events of ${names.join(", ")} are gone: what is shown goes on after ${position}. An app reloads its state now.`, "lost"));
+    say(
+      `Some events of ${names.join(", ")} are gone: what is shown goes on after ${position}. An app reloads its state now.`,
+      "lost",
+    ),
+  );
   client.on("error", (error) => {
     if (error.channel && !client.channels.includes(error.channel)) forget(error.channel);
     complain(error);
@@ -79,8 +93,13 @@ function begin(me) {
 async function suggest(me) {
   const names = me.is_admin ? ["cluster"] : [];
   const [sessions, workspaces] = await Promise.all([call("GET", "/sessions"), call("GET", "/workspaces")]);
-  names.push(...sessions.items.map(({ id }) => `session:${id}`), ...workspaces.items.map(({ id }) => `workspace:${id}`));
-  element("known").replaceChildren(...names.map((name) => Object.assign(document.createElement("option"), { value: name })));
+  names.push(
+    ...sessions.items.map(({ id }) => `session:${id}`),
+    ...workspaces.items.map(({ id }) => `workspace:${id}`),
+  );
+  element("known").replaceChildren(
+    ...names.map((name) => Object.assign(document.createElement("option"), { value: name })),
+  );
 }
 
 function add(name, own = false) {
@@ -120,7 +139,8 @@ function showState({ state, delay, code, error }) {
     if (delay === undefined) return;
     say(`connection lost${code ? ` (${code})` : ""}, trying again in ${(delay / 1000).toFixed(1)} s`);
     const until = Date.now() + delay;
-    const show = () => (output.textContent = `reconnecting in ${Math.max(0, (until - Date.now()) / 1000).toFixed(1)} s`);
+    const show = () =>
+      (output.textContent = `reconnecting in ${Math.max(0, (until - Date.now()) / 1000).toFixed(1)} s`);
     countdown = setInterval(show, 200);
     show();
   } else if (state === "stopped") say(error?.message ?? "stopped", "lost");
@@ -153,7 +173,10 @@ function showEvent({ offset, event_type, channel, data }) {
   const shown = cell("");
   if (event_type === "session.status") {
     shown.dataset.status = data.status;
-    shown.append(Object.assign(document.createElement("b"), { textContent: data.status }), ` ${data.message || data.reason || ""}`);
+    shown.append(
+      Object.assign(document.createElement("b"), { textContent: data.status }),
+      ` ${data.message || data.reason || ""}`,
+    );
   } else shown.textContent = event_type === "session.log" ? data.line : JSON.stringify(data);
   shown.title = JSON.stringify(data, null, 1);
   row.append(cell(offset), cell(event_type), cell(channel), shown);
@@ -177,7 +200,8 @@ onSubmit("add", ({ channel }, form) => {
   form.reset();
 });
 element("cut").addEventListener("click", () =>
-  client.state === "closed" || client.state === "stopped" ? client.connect() : client.close());
+  client.state === "closed" || client.state === "stopped" ? client.connect() : client.close(),
+);
 element("clear").addEventListener("click", () => {
   element("events").replaceChildren();
   element("empty").hidden = false;

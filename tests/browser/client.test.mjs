@@ -23,7 +23,9 @@ class Clock {
     const end = this.now + milliseconds;
     await settle();
     for (;;) {
-      const due = [...this.timers].filter(([, { at }]) => at <= end).sort((a, b) => a[1].at - b[1].at || a[0] - b[0])[0];
+      const due = [...this.timers]
+        .filter(([, { at }]) => at <= end)
+        .sort((a, b) => a[1].at - b[1].at || a[0] - b[0])[0];
       if (!due) break;
       this.timers.delete(due[0]);
       this.now = Math.max(this.now, due[1].at);
@@ -122,7 +124,14 @@ class Socket {
     const since = this.url.searchParams.get("since");
     const recovered = since === null || gateway.can(since);
     const position = since && recovered ? since : `${gateway.epoch}:${gateway.head}`;
-    const data = { connection_id: "c", position, channels: [...this.channels], ping_interval: 25, expires_at: null, recovered };
+    const data = {
+      connection_id: "c",
+      position,
+      channels: [...this.channels],
+      ping_interval: 25,
+      expires_at: null,
+      recovered,
+    };
     this.give({ event_type: "connected", channel: "user:1", data });
     for (const event of gateway.after(Number(position.split(":")[1]), this.channels)) this.give(event);
   }
@@ -141,7 +150,8 @@ class Socket {
   act({ action, channel, since, id, token }) {
     gateway.actions?.push({ action, channel, since, id, token });
     if (action === "ping") return this.give({ event_type: "pong", channel: "user:1", data: {} });
-    if (action === "refresh") return this.give({ event_type: "pong", channel: "user:1", data: { id, expires_at: null } });
+    if (action === "refresh")
+      return this.give({ event_type: "pong", channel: "user:1", data: { id, expires_at: null } });
     if (action === "unsubscribe") {
       this.channels.delete(channel);
       return this.give({ event_type: "unsubscribed", channel, data: { id } });
@@ -325,8 +335,11 @@ test("what follows a channel loads its state first, applies what came meanwhile,
   const { client, told } = make();
   const shown = [];
   let answer;
-  const end = client.follow("app:1", () => new Promise((resolve) => (answer = resolve)).then(() => shown.push("state")),
-    ({ offset }) => shown.push(offset));
+  const end = client.follow(
+    "app:1",
+    () => new Promise((resolve) => (answer = resolve)).then(() => shown.push("state")),
+    ({ offset }) => shown.push(offset),
+  );
   client.connect();
   await clock.run(100);
   gateway.publish("app:1");
@@ -356,14 +369,21 @@ test("a load that fails is tried again, and said", async () => {
   const { client, told } = make();
   let tries = 0;
   const shown = [];
-  client.follow("app:1", async () => {
-    if (++tries < 3) throw new Error("no");
-  }, ({ offset }) => shown.push(offset));
+  client.follow(
+    "app:1",
+    async () => {
+      if (++tries < 3) throw new Error("no");
+    },
+    ({ offset }) => shown.push(offset),
+  );
   client.connect();
   await clock.run(100);
   gateway.publish("app:1");
   await clock.run(3000);
-  assert.deepEqual([tries, shown, told.errors.map(String)], [3, [1], Array(2).fill("ClusterCodeError: The state of app:1 could not be loaded.")]);
+  assert.deepEqual(
+    [tries, shown, told.errors.map(String)],
+    [3, [1], Array(2).fill("ClusterCodeError: The state of app:1 could not be loaded.")],
+  );
   client.close();
   await clock.run(100);
   assert.equal(clock.timers.size, 0);
@@ -377,14 +397,21 @@ test("a replay that was cut off goes on where it was, and does not move the conn
   assert.equal(client.position, "e1:5");
   const seen = [];
   gateway.latency = () => 10;
-  client.subscribe("app:1", ({ offset }) => {
-    seen.push(offset);
-    if (offset === 3) gateway.sockets[0].drop(1006);
-  }, { since: "e1:1" });
+  client.subscribe(
+    "app:1",
+    ({ offset }) => {
+      seen.push(offset);
+      if (offset === 3) gateway.sockets[0].drop(1006);
+    },
+    { since: "e1:1" },
+  );
   gateway.actions = [];
   await clock.run(2000);
   assert.deepEqual(seen, [2, 3, 4, 5]);
-  assert.deepEqual(gateway.actions.map(({ since }) => since), ["e1:1", "e1:3"]);
+  assert.deepEqual(
+    gateway.actions.map(({ since }) => since),
+    ["e1:1", "e1:3"],
+  );
   assert.equal(client.position, "e1:5");
   assert.deepEqual(told.lost, []);
   client.close();
@@ -423,7 +450,10 @@ test("one channel that is refused is told, and takes no other with it", async ()
   assert.equal(client.state, "connected");
   assert.deepEqual(client.channels, ["session:1"]);
   assert.deepEqual(told.events, [1, 2]);
-  assert.deepEqual(told.errors.map(({ code, channel }) => [code, channel]), [["not_found", "session:2"]]);
+  assert.deepEqual(
+    told.errors.map(({ code, channel }) => [code, channel]),
+    [["not_found", "session:2"]],
+  );
   client.close();
 });
 
@@ -491,7 +521,10 @@ test("an expiring connection is refreshed with a new token, and stays", async ()
   gateway.actions = [];
   gateway.sockets[0].give({ event_type: "expiring", channel: "user:1", data: { expires_at: "…" } });
   await clock.run(5000);
-  assert.deepEqual(gateway.actions.map(({ action, token }) => [action, token]), [["refresh", "short2"]]);
+  assert.deepEqual(
+    gateway.actions.map(({ action, token }) => [action, token]),
+    [["refresh", "short2"]],
+  );
   assert.equal(gateway.asked.length, 1);
   client.close();
 });
@@ -534,7 +567,13 @@ test("what a handler throws stops neither the others nor the stream", async () =
   gateway.publish("app:1");
   gateway.publish("app:1");
   await clock.run(100);
-  assert.deepEqual([told.events, errors], [[1, 2], ["the app's", "the app's"]]);
+  assert.deepEqual(
+    [told.events, errors],
+    [
+      [1, 2],
+      ["the app's", "the app's"],
+    ],
+  );
   client.close();
   delete globalThis.reportError;
 });
@@ -562,12 +601,18 @@ test("the swap sends the main token, renews it once when it is refused, and tell
     Response.json({ detail: "The token was revoked." }, { status: 401 }),
   ];
   const fetched = globalThis.fetch;
-  globalThis.fetch = async (url, options) => (requests.push([String(url), options.headers.Authorization, options.body]), answers.shift());
+  globalThis.fetch = async (url, options) => (
+    requests.push([String(url), options.headers.Authorization, options.body]),
+    answers.shift()
+  );
   try {
     const auth = swap((refused) => (refused ? "new" : "old"), { url: "http://gateway", channels: ["session:1"] });
     const { signal } = new AbortController();
     assert.equal(await auth({ signal }), "s");
-    assert.deepEqual(requests, ["old", "new"].map((token) => ["http://gateway/api/v1/auth", `Bearer ${token}`, '{"channels":["session:1"]}']));
+    assert.deepEqual(
+      requests,
+      ["old", "new"].map((token) => ["http://gateway/api/v1/auth", `Bearer ${token}`, '{"channels":["session:1"]}']),
+    );
     await assert.rejects(auth({ signal }), { message: "Wait.", fatal: false, retryAfter: 7 });
     await assert.rejects(swap("fixed")({ signal }), { message: "The token was revoked.", fatal: true, code: 401 });
   } finally {

@@ -138,6 +138,30 @@ async def test_connect_close_and_page_events_at_once_never_make_two_sockets(stag
     await app.page.close()
 
 
+async def test_one_channel_that_is_refused_takes_no_other_with_it(stage: Stage) -> None:
+    app = await stage.open()
+    workspaces = await stage.client.call("GET", "/workspaces")
+    channel = f"workspace:{workspaces['items'][0]['id']}"
+    # Both are asked for in the handshake, which is refused for one of them without the browser saying why.
+    await app.page.evaluate(
+        """async ([token, channel]) => {
+          const { ClusterCode, swap } = await import("/static/cluster-code.js");
+          app.client.close();
+          app.client = new ClusterCode({ auth: swap(token) });
+          app.client.on("error", (error) => app.errors.push(`${error.channel}: ${error.message}`));
+          app.client.subscribe("session:99");
+          app.client.subscribe(channel);
+          app.client.connect();
+        }""",
+        [stage.client._token, channel],
+    )
+    await app.until("app.errors.includes('session:99: There is no such session.')")
+    await app.until("app.client.state === 'connected'")
+    assert await app.state("client.channels") == [channel]
+    await app.page.evaluate("app.client.close()")
+    await app.page.close()
+
+
 async def test_closed_it_leaves_no_socket_and_no_attempt(stage: Stage) -> None:
     app = await stage.open()
     await app.page.evaluate("app.client.close()")

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests import asyncapi
-from tests.integration.gateway.conftest import Api
+from tests.integration.gateway.conftest import Api, Serve
 
 
 @pytest.mark.parametrize("path", ["/", "/api/docs", "/events"])
@@ -42,8 +42,15 @@ async def test_the_client_is_a_module_that_is_asked_for_again(api: Api) -> None:
     assert b"export class ClusterCode " in script.body
     again = await api.call("GET", "/static/cluster-code.js", headers={"If-None-Match": script.headers["ETag"]})
     assert again.status == 304
+    assert "Access-Control-Allow-Origin" not in script.headers
     types = await api.call("GET", "/static/cluster-code.d.ts")
     assert types.headers["Content-Type"] == "text/plain; charset=utf-8"
+
+
+async def test_pages_of_the_origins_that_are_allowed_may_import_the_client(serve: Serve) -> None:
+    api = await serve(cors_origins=["https://shell.example"])
+    script = await api.call("GET", "/static/cluster-code.js", headers={"Origin": "https://shell.example"})
+    assert script.headers["Access-Control-Allow-Origin"] == "https://shell.example"
 
 
 async def test_the_document_is_served_as_json(api: Api) -> None:
