@@ -10,11 +10,13 @@ import orjson
 import psutil
 import pytest
 
+from orchestrator.database import Wakeup
+from orchestrator.eventlog import dead_letters
 from orchestrator.events import EXCHANGE
 from tests.integration.faults.flow import Flow
 from tests.integration.faults.stage import Stage, caught_up
 from tests.integration.faults.viewer import p99, prove
-from tests.rabbitmq import Server, eventually
+from tests.rabbitmq import eventually
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -52,9 +54,7 @@ async def flood(url: str, channel: str) -> None:
         await connection.close()
 
 
-async def test_a_flood_reaches_all_and_what_is_broken_in_it_is_put_away_once(
-    stage: Stage, rabbitmq_server: Server, vhost: str, amqp_url: str
-) -> None:
+async def test_a_flood_reaches_all_and_what_is_broken_in_it_is_put_away_once(stage: Stage, amqp_url: str) -> None:
     async with stage.gateway(history_bytes=HISTORY) as one, stage.gateway(history_bytes=HISTORY) as other:
         flooded = await stage.audience(4, ["app:flooded"])
         observers = await stage.audience(6, ["app:calm"], measured=True)
@@ -80,19 +80,34 @@ async def test_a_flood_reaches_all_and_what_is_broken_in_it_is_put_away_once(
         # Everything runs in this one process, viewers and publisher too, which have as much to do as the gateways.
         assert disturbed < max(2 * undisturbed, 5.0), (undisturbed, disturbed)
 
-        async def dead() -> int:
-            return next(q["messages"] for q in await rabbitmq_server.queues(vhost) if q["name"] == DEAD_LETTER)
+        # Both gateways have met each of them, and each is told of once.
+        assert one.context.feed.invalid == other.context.feed.invalid == FLOOD // EVERY
 
-        async def all_are_put_away() -> bool:
-            return await dead() >= FLOOD // EVERY
+        async def all_are_noted() -> bool:
+            return await dead_letters.count(stage.pool) == (FLOOD // EVERY, FLOOD // EVERY)
 
-        await eventually(all_are_put_away)
-        # By one of the two gateways: a further entry that both have read comes after all of them.
-        await flow.send("app:calm")
-        await caught_up(observers, flow.sent)
-        reasons = await letters(amqp_url)
-        assert sorted(reasons) == sorted(f"{{}} {n}" for n in range(EVERY, FLOOD + 1, EVERY))
+        await eventually(all_are_noted)
+        await put_away(stage)
+        assert sorted(await letters(amqp_url)) == sorted(f"{{}} {n}" for n in range(EVERY, FLOOD + 1, EVERY))
         await stage.leave()
+
+
+async def put_away(stage: Stage) -> None:
+    """As orchestrators do it, two of which are there."""
+    relays = [
+        asyncio.create_task(dead_letters.relay(stage.database, await stage.log(name), Wakeup(), 0.2), name=name)
+        for name in ("one", "two")
+    ]
+
+    async def none_waits() -> bool:
+        return (await dead_letters.count(stage.pool))[1] == 0
+
+    try:
+        await eventually(none_waits)
+    finally:
+        for relay in relays:
+            relay.cancel()
+        await asyncio.wait(relays)
 
 
 async def letters(url: str) -> list[str]:

@@ -42,8 +42,8 @@ class Front:
         self._token = ""
 
     async def sign_up(self) -> None:
-        account = {"email": "replicas@example.org", "password": "correct horse battery staple", "name": "R"}
-        await self.call("POST", "/auth/register", account)
+        account = {"email": "replicas@example.org", "password": "correct horse battery staple"}
+        await self.call("POST", "/auth/register", account | {"name": "R"})
         self._token = (await self.call("POST", "/auth/login", account))["access_token"]
 
     async def call(self, method: str, path: str, body: Any = None) -> Any:
