@@ -159,7 +159,7 @@ async def test_a_queue_with_other_arguments_is_told(amqp_url: str) -> None:
     async with plainly(amqp_url) as channel:
         await channel.queue_declare("cluster-code.other", durable=True)
     async with opened(amqp_url) as log:
-        with pytest.raises(SettingsError, match="the queue 'cluster-code.other' with x-single-active-consumer none"):
+        with pytest.raises(SettingsError, match=r"'cluster-code\.other' with x-single-active-consumer none"):
             await log.consume("cluster-code.other", KEYS, Handler())
 
 
