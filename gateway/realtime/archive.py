@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 import structlog
 
-from gateway.realtime.history import History, Stored
+from gateway.realtime.history import History, RecentIds, Stored
 from gateway.realtime.protocol import Position, event_frame
 from gateway.settings import RealtimeSettings
 from orchestrator.errors import LogUnavailable
@@ -85,7 +85,7 @@ class Replay:
     def __init__(self, archive: Archive, after: int) -> None:
         self._archive = archive
         self._after = after
-        self._ids: dict[str, None] = {}
+        self._ids = RecentIds(_IDS)
         self._first: Sequence[Entry] = ()
         self._reader: AsyncGenerator[Sequence[Entry], None] | None = None
         self._open = True
@@ -141,11 +141,8 @@ class Replay:
     def _take(self, batch: Sequence[Entry], wanted: frozenset[str], now: float) -> list[Stored]:
         taken = []
         for entry in batch:
-            if entry.event_id in self._ids:
+            if not self._ids.add(entry.event_id):
                 continue
-            self._ids[entry.event_id] = None
-            if len(self._ids) > _IDS:
-                del self._ids[next(iter(self._ids))]
             if entry.offset > self._after and entry.channel in wanted:
                 try:
                     taken.append(Stored(entry.offset, entry.channel, event_frame(entry.body, entry.offset), now))

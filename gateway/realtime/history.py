@@ -17,7 +17,7 @@ from orchestrator.eventlog.contract import Entry
 
 # Seconds within which the same event id is one event: what `docs/protocol.md` promises to publishers.
 _REPEAT_WINDOW = 300.0
-# An id costs some 150 bytes, so that a flood of events cannot take more than about 150 MiB for them.
+# An id costs some 120 bytes, so that a flood of events cannot take more than about 120 MiB for them.
 _MOST_IDS = 1_000_000
 # Seconds that an event may stay beyond its time, so that not every event has the oldest looked at.
 _LOOK = 0.5
@@ -37,6 +37,36 @@ class Stored:
     channel: str
     frame: bytes
     at: float
+
+
+class RecentIds:
+    """The ids that came last: at least `most` / 2 of them, at most `most`, unless `forget` is called before.
+
+    Two sets that take turns, rather than an order: nothing is kept or done for a single id but its place in a set.
+    """
+
+    __slots__ = ("_half", "_new", "_old")
+
+    def __init__(self, most: int) -> None:
+        self._half = max(1, most // 2)
+        self._new: set[str] = set()
+        self._old: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._old)
+
+    def add(self, event_id: str) -> bool:
+        """Remember it; False when it is known already."""
+        if event_id in self._new or event_id in self._old:
+            return False
+        self._new.add(event_id)
+        if len(self._new) >= self._half:
+            self.forget()
+        return True
+
+    def forget(self) -> None:
+        """Forget those that came before the last call."""
+        self._old, self._new = self._new, set()
 
 
 class _Index:
@@ -78,8 +108,8 @@ class History:
         self._max_bytes = max_bytes
         self._events: deque[Stored] = deque()
         self._channels: dict[str, _Index] = {}
-        self._ids: set[str] = set()
-        self._ids_in_order: deque[tuple[float, str]] = deque()
+        self._ids = RecentIds(_MOST_IDS)
+        self._next_forgetting = 0.0
         self._next_look = 0.0
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
@@ -101,8 +131,7 @@ class History:
         self.epoch, self.floor, self.head, self.bytes = epoch, floor, floor, 0
         self._events.clear()
         self._channels.clear()
-        self._ids.clear()
-        self._ids_in_order.clear()
+        self._ids = RecentIds(_MOST_IDS)
         self._wake(everybody=True)
 
     def append(self, entry: Entry, now: float) -> Stored | None:
@@ -110,20 +139,20 @@ class History:
 
         Offsets must grow. The head moves in every case.
         """
-        self.skip(entry.offset)
-        if entry.event_id in self._ids:
+        self.head = entry.offset
+        if self._waiting:
+            self._wake()
+        if not self._ids.add(entry.event_id):
             self.repeats += 1
             return None
         stored = Stored(entry.offset, entry.channel, event_frame(entry.body, entry.offset), now)
-        self._ids.add(entry.event_id)
-        self._ids_in_order.append((now, entry.event_id))
         self._events.append(stored)
         index = self._channels.get(entry.channel)
         if index is None:
             index = self._channels[entry.channel] = _Index()
         index.events.append(stored)
         self.bytes += len(stored.frame) + _OVERHEAD
-        if now > self._next_look or self.bytes > self._max_bytes or len(self._ids) > _MOST_IDS:
+        if now > self._next_look or self.bytes > self._max_bytes:
             self.expire(now)
         return stored
 
@@ -143,9 +172,9 @@ class History:
             self.bytes -= len(gone.frame) + _OVERHEAD
             if self._channels[gone.channel].drop_first():
                 del self._channels[gone.channel]
-        ids, window = self._ids_in_order, now - _REPEAT_WINDOW
-        while ids and (ids[0][0] < window or len(ids) > _MOST_IDS):
-            self._ids.discard(ids.popleft()[1])
+        if now >= self._next_forgetting:
+            self._next_forgetting = now + _REPEAT_WINDOW
+            self._ids.forget()
 
     def after(
         self, channels: Iterable[str], offset: int, max_bytes: int, until: int | None = None

@@ -5,7 +5,7 @@ import asyncio
 import orjson
 import pytest
 
-from gateway.realtime.history import History, HistoryLost
+from gateway.realtime.history import History, HistoryLost, RecentIds
 from gateway.realtime.protocol import Position, payload_of
 from tests.unit.realtime.wire import entry
 
@@ -42,22 +42,22 @@ def test_a_frame_holds_the_body_with_its_offset() -> None:
     }
 
 
-def test_a_repeat_is_dropped_and_moves_the_head_for_five_minutes() -> None:
+def test_a_repeat_is_dropped_and_moves_the_head_for_five_minutes_at_least() -> None:
     kept = history(seconds=10_000)
-    assert kept.append(entry(1, event_id="x"), 0)
-    assert kept.append(entry(2, event_id="x"), 299) is None
-    assert (kept.head, kept.repeats, len(kept)) == (2, 1, 1)
-    kept.append(entry(3, event_id="y"), 301)
-    assert kept.append(entry(4, event_id="x"), 301)
+    kept.append(entry(1), 0)
+    assert kept.append(entry(2, event_id="x"), 299)
+    assert kept.append(entry(3, event_id="x"), 599) is None
+    assert (kept.head, kept.repeats, len(kept)) == (3, 1, 2)
+    kept.append(entry(4), 600)
+    kept.append(entry(5), 900)
+    assert kept.append(entry(6, event_id="x"), 901)
 
 
-def test_ids_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.realtime.history._MOST_IDS", 2)
-    kept = history()
-    for offset, name in enumerate("abc", 1):
-        kept.append(entry(offset, event_id=name), 0)
-    assert kept.append(entry(4, event_id="c"), 0) is None
-    assert kept.append(entry(5, event_id="a"), 0)
+def test_ids_are_bounded_in_number() -> None:
+    ids = RecentIds(4)
+    assert [ids.add(name) for name in "abcbcad"] == [True, True, True, False, False, False, True]
+    assert len(ids) == 2
+    assert [ids.add(name) for name in "cdea"] == [False, False, True, True]
 
 
 def test_what_is_too_old_goes_and_the_floor_rises() -> None:
