@@ -54,6 +54,10 @@ class Process:
         """The ids of the workers' processes that were started last, by their numbers."""
         return {line["worker"]: line["pid"] for line in self.logged("worker started")}
 
+    def descendants(self) -> list[int]:
+        """The ids of the processes that it has started, and so on."""
+        return [child.pid for child in psutil.Process(self.pid).children(recursive=True)]
+
     async def start(self) -> None:
         """Start it, and do not wait."""
         with self.output.open("ab") as output:
