@@ -84,7 +84,12 @@ async def connect(settings: DatabaseSettings, *, name: str) -> Connection:
         timeout=settings.timeout,
         server_settings=_PLANNER | _KEEPALIVE | {"application_name": name},
     )
-    await prepare(connection)
+    try:
+        await prepare(connection)
+    except BaseException:
+        # Nobody else could: the server went away, or the caller was cancelled, before it had the connection.
+        connection.terminate()
+        raise
     return connection
 
 
