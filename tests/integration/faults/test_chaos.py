@@ -11,9 +11,10 @@ import os
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 
+import aiohttp
 import pytest
 
 from tests.integration.faults.conftest import MakeStage
@@ -175,7 +176,9 @@ class Scenario:
         await self.world.open_gateway()
 
     async def delete_stream(self) -> None:
-        await self.world.broker.server.delete_queue(VHOST, STREAM)
+        # Nobody may have declared it again since the last time, or the broker is away.
+        with suppress(aiohttp.ClientError):
+            await self.world.broker.server.delete_queue(VHOST, STREAM)
 
     async def restart_broker(self) -> None:
         self.world.story.append("restart_broker")

@@ -282,6 +282,7 @@ class Viewer:
             finally:
                 self.connected.clear()
                 self._leaving.clear()
+                self._changed.set()
             # As the protocol asks, only faster.
             await asyncio.sleep(random.uniform(0, min(self._cap, 0.05 * 2**failures)))
             failures = min(failures + 1, 10)
