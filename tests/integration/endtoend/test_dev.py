@@ -16,6 +16,7 @@ import pytest
 from orchestrator.settings import DatabaseSettings
 from scripts.demo_repository import Repository
 from tests.integration.endtoend.server import PASSWORD, Client, Server, command
+from tests.integration.eventlog.rabbit import opened
 
 
 async def run(server: Server, *arguments: str, given: str = "", **environment: str) -> tuple[int, str, str]:
@@ -165,3 +166,20 @@ async def test_serve_and_worker_say_that_they_need_rabbitmq(idle: Server) -> Non
         assert (code, output) == (2, "")
         assert "AMQP_URL is not set" in errors
         assert errors.count("\n") == 1
+
+
+async def test_with_a_rabbitmq_its_stream_is_the_log_and_outlives_the_server(server: Server, amqp_url: str) -> None:
+    assert await server.stop() == 0
+    server.environment["AMQP_URL"] = amqp_url
+    await server.start()
+    code, output, errors = await run(server, "demo")
+    assert (code, errors) == (0, "")
+    assert output.rstrip().endswith("All of it happened.")
+    async with opened(amqp_url) as log:
+        head, epoch = await log.head(), log.epoch
+    assert head > 5
+    await server.stop()
+    await server.start()
+    async with opened(amqp_url) as log:
+        assert log.epoch == epoch
+        assert await log.head() >= head

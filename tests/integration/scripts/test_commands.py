@@ -273,6 +273,30 @@ def test_a_sync_that_cannot_be_done_whole_is_not_done(run: Run, fetch: Fetch, tm
     assert fetch("SELECT count(*) FROM users") == [(2,)]
 
 
+def test_an_account_that_a_sync_finds_by_its_address_is_said_to_be_linked(
+    run: Run, fetch: Fetch, tmp_path: Path
+) -> None:
+    run("user", "create", "ada@example.org", "--generate")
+    told = "user 7 (ada@example.org): linked\nuser b-8 (bob@example.org): added\n"
+    assert run("sync-users", write(tmp_path / "users.json", USERS)) == (0, told, "")
+    assert fetch("SELECT count(*) FROM users") == [(2,)]
+
+
+def test_dead_letters_are_listed_newest_first(run: Run, fetch: Fetch) -> None:
+    assert run("dead-letters")[0] == 0
+    fetch(
+        """INSERT INTO dead_letters (epoch, log_offset, event_id, routing_key, reason, body, created_at)
+           VALUES ('e1', 1, 'a', 'app.old', 'not JSON', 'x', now() - interval '1 hour'),
+                  ('e1', 2, 'b', 'app.new', 'data is missing', repeat('y', 100)::bytea, now()) RETURNING 1"""
+    )
+    code, output, errors = run("dead-letters")
+    assert (code, errors) == (0, "")
+    assert output.index("app.new") < output.index("app.old")
+    for shown in ("e1:2", "data is missing", "yyyy", "not JSON"):
+        assert shown in output
+    assert "app.old" not in run("dead-letters", "--limit", "1")[1]
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [

@@ -16,6 +16,9 @@ SECRET = "kX3v9Qw7Lm2Zp8Rt5Yb1Nc6Hd4Gf0Js-"
         ({"PORT": "99999"}, "PORT must be 0 to 65535"),
         ({"AMQP_URL": ""}, "AMQP_URL is not set"),
         ({"AMQP_URL": "http://localhost"}, "AMQP_URL must begin with amqp"),
+        ({"AMQP_URL": "amqp://localhost", "EVENTS_MAX_AGE": "never"}, "EVENTS_MAX_AGE must be like"),
+        ({"AMQP_URL": "amqp://localhost", "JWT_SECRET": ""}, "JWT_SECRET is not set"),
+        ({"AMQP_URL": "amqp://localhost", "RATE_LIMIT_LOGIN": "often"}, "RATE_LIMIT_LOGIN: 'often' is no rate"),
     ],
 )
 def test_a_replica_says_what_it_lacks_in_one_line_and_ends_with_2(
