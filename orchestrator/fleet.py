@@ -131,11 +131,11 @@ class Fleet:
 
     async def look(self) -> None:
         """Take what another orchestrator has let go of, and let go of what it has taken."""
-        if await self._holds.look(self._exclusive()) != self._held:
-            await self.refresh()
-
-    def _exclusive(self) -> list[int]:
-        return [provider_id for provider_id, member in self._members.items() if member.config.exclusive]
+        async with self._refreshing:
+            exclusive = [provider_id for provider_id, member in self._members.items() if member.config.exclusive]
+            if self._closed or await self._holds.look(exclusive) == self._held:
+                return
+        await self.refresh()
 
     async def refresh(self) -> None:
         """Open, reopen and close providers as the table says now, and as this orchestrator holds them."""

@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 import structlog
 
-from orchestrator.database import Connection, connect
+from orchestrator.database import UNAVAILABLE, Connection, connect
 from orchestrator.settings import DatabaseSettings
 
 log = structlog.get_logger("holds")
@@ -21,6 +21,9 @@ _CLASS = 0x6C6F6361
 # Seconds after a lost connection in which only those that held something before try for it. PostgreSQL was started
 # again, for all: whoever runs sessions shall go on running them.
 _COURTESY = 5.0
+# Seconds after which a server that does not answer has lost us. More than for other statements: what hangs on it are
+# running sessions.
+_DEADLINE = 15.0
 
 
 class Holds:
@@ -49,22 +52,15 @@ class Holds:
             missing = set(wanted) - self._locked
             if asyncio.get_running_loop().time() < self._courteous_until:
                 missing &= self._held
-            # Also when nothing is missing: this is how a lost connection shows.
-            rows = await connection.fetch(
-                "SELECT number FROM unnest($1::int[]) AS number WHERE pg_try_advisory_lock($2, number)",
-                sorted(missing),
-                _CLASS,
-                timeout=self._settings.timeout,
-            )
-            self._locked |= {row["number"] for row in rows}
-            if surplus := self._locked - set(wanted):
-                await connection.fetch(
-                    "SELECT pg_advisory_unlock($2, number) FROM unnest($1::int[]) AS number",
-                    sorted(surplus),
-                    _CLASS,
-                    timeout=self._settings.timeout,
-                )
-                self._locked -= surplus
+            try:
+                # Also when nothing is missing: this is how a lost connection shows.
+                self._locked |= await _each(connection, "pg_try_advisory_lock", missing)
+                if surplus := self._locked - set(wanted):
+                    self._locked -= await _each(connection, "pg_advisory_unlock", surplus)
+            except UNAVAILABLE:
+                # Whether the server still knows of it cannot be told: the next look begins with a new one.
+                connection.terminate()
+                raise
             self._held = frozenset(self._locked)
             return self._held
 
@@ -84,3 +80,14 @@ class Holds:
             self._courteous_until = asyncio.get_running_loop().time() + _COURTESY
             log.warning("the connection that holds what is ours was lost; taking it again", held=sorted(self._held))
         return self._connection
+
+
+async def _each(connection: Connection, function: str, numbers: Collection[int]) -> set[int]:
+    """The numbers for whose locks the function says true."""
+    rows = await connection.fetch(
+        f"SELECT number FROM unnest($1::int[]) AS number WHERE {function}($2, number)",  # noqa: S608  Our own names.
+        sorted(numbers),
+        _CLASS,
+        timeout=_DEADLINE,
+    )
+    return {row["number"] for row in rows}

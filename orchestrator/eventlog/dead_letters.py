@@ -32,6 +32,8 @@ MAX_WAITING = 1000
 MAX_WAITING_BYTES = 16 << 20
 # Rows written, published or deleted at once.
 _BATCH = 100
+# Rows that are kept, whoever floods us.
+MOST = 100_000
 # Bytes of a body that are kept once it is in RabbitMQ.
 _KEPT = 1024
 # Bytes. AMQP's routing keys and message ids have no more.
@@ -141,14 +143,23 @@ async def relay_batch(connection: Connection, exchange: Exchange) -> int:
     return len(rows)
 
 
-async def purge(connection: Connection, retention: float, *, limit: int) -> int:
-    """Delete up to `limit` rows of published ones that are older than `retention` seconds; how many."""
+async def purge(connection: Connection, retention: float, *, limit: int, most: int = MOST) -> int:
+    """Delete up to `limit` rows of published ones: older than `retention` seconds, or beyond the `most` newest.
+
+    None of the last hour, so that a starting gateway finds what it reads again. Returns how many it were.
+    """
     result: str = await connection.execute(
         """DELETE FROM dead_letters WHERE ctid = ANY (ARRAY(
                SELECT ctid FROM dead_letters
-                WHERE created_at < now() - make_interval(secs => $1) AND published_at IS NOT NULL LIMIT $2))""",
+                WHERE created_at <= greatest(
+                          now() - make_interval(secs => $1),
+                          least(now() - interval '1 hour', coalesce(
+                                (SELECT created_at FROM dead_letters ORDER BY created_at DESC OFFSET $3 LIMIT 1),
+                                '-infinity')))
+                  AND published_at IS NOT NULL LIMIT $2))""",
         retention,
         limit,
+        most,
     )
     return int(result.split()[-1])
 

@@ -81,6 +81,15 @@ async def test_old_ones_are_purged_once_they_are_in_their_queue(connection: Conn
     assert await connection.fetchval("SELECT log_offset FROM dead_letters") == 2
 
 
+async def test_however_many_come_so_many_are_kept_but_all_of_the_last_hour(connection: Connection) -> None:
+    await dead_letters.write(connection, [("e", invalid(offset)) for offset in range(1, 11)])
+    await connection.execute("UPDATE dead_letters SET published_at = now()")
+    assert await dead_letters.purge(connection, 1e6, limit=100, most=3) == 0
+    await connection.execute("UPDATE dead_letters SET created_at = now() - log_offset * interval '2 hours'")
+    assert await dead_letters.purge(connection, 1e6, limit=100, most=3) == 7
+    assert await dead_letters.purge(connection, 1e6, limit=100) == 0
+
+
 async def test_a_gateway_keeps_what_it_can_while_the_database_is_away(pool: Pool) -> None:
     letters = DeadLetters(pool)
     for offset in range(1, dead_letters.MAX_WAITING + 6):
