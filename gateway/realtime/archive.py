@@ -23,6 +23,8 @@ log = structlog.get_logger("gateway.archive")
 _PATIENCE = 5.0
 # Seconds that a replay may take. Whoever is not done by then comes back from where it is.
 _DEADLINE = 60.0
+# Seconds to wait for the feed to read what a replay has read already.
+_BEHIND = 5.0
 # Entries before the position that are read for their ids alone, and ids that are remembered: an event that was
 # published twice is told once.
 _LOOK_BACK = 5_000
@@ -115,8 +117,10 @@ class Replay:
             finally:
                 self._archive.leave()
 
-    async def pieces(self, history: History, channels: Sequence[str]) -> AsyncIterator[tuple[list[Stored], int]]:
-        """The events of `channels` in order, in pieces, each with the offset that is reached with it.
+    async def pieces(
+        self, history: History, channels: Sequence[str], until: int | None = None
+    ) -> AsyncIterator[tuple[list[Stored], int]]:
+        """The events of `channels` up to the offset `until`, in order, in pieces, each with the offset that is reached.
 
         Ends at the moment when the history holds all that follows, wherever that begins by then. Raises ArchiveLost.
         """
@@ -125,11 +129,15 @@ class Replay:
         assert self._reader is not None  # noqa: S101  For mypy: it has begun.
         batch = self._first
         while True:
-            yield self._take(batch, wanted, loop.time()), batch[-1].offset
+            # What the feed reads later is told live, or from the history: it must not be told here, too.
+            end = batch[-1].offset if until is None else min(batch[-1].offset, until)
+            if end > history.head and not await history.reaches(Position(epoch, end), _BEHIND):
+                raise ArchiveLost("the feed is behind")
+            yield self._take(batch, wanted, end, loop.time()), end
             # Nothing is awaited between this look at the floor and the caller's next step.
             if history.epoch != epoch:
                 raise ArchiveLost("the log has begun anew")
-            if batch[-1].offset >= history.floor:
+            if end >= history.floor or end == until:
                 return
             if loop.time() > deadline:
                 raise ArchiveLost("it takes too long")
@@ -138,9 +146,11 @@ class Replay:
             except (Truncated, EpochChanged, LogUnavailable, StopAsyncIteration) as error:
                 raise ArchiveLost(str(error) or "the log has ended") from error
 
-    def _take(self, batch: Sequence[Entry], wanted: frozenset[str], now: float) -> list[Stored]:
+    def _take(self, batch: Sequence[Entry], wanted: frozenset[str], end: int, now: float) -> list[Stored]:
         taken = []
         for entry in batch:
+            if entry.offset > end:
+                break
             if not self._ids.add(entry.event_id):
                 continue
             if entry.offset > self._after and entry.channel in wanted:

@@ -148,7 +148,7 @@ async def _replay(
     epoch, sent, next_offset = history.epoch, 0, offset
     try:
         if replay is not None:
-            async for piece, reached in replay.pieces(history, channels):
+            async for piece, reached in replay.pieces(history, channels, until.offset if until else None):
                 if connection.ended:
                     return None
                 hub.replay(connection, piece)

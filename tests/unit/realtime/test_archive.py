@@ -30,14 +30,13 @@ class Stage:
         self._feed = Feed(self.log, self.history, self.hub, None)  # type: ignore[arg-type]
 
     async def publish(self, *events: Event) -> None:
-        before = await self.log.head()
         await self.log.publish(events)
-        reader = self.log.read(before)
-        taken = 0
-        while taken < len(events):
-            batch = await anext(reader)
-            self._feed.take(batch)
-            taken += len(batch)
+        await self.catch_up()
+
+    async def catch_up(self) -> None:
+        reader = self.log.read(self.history.head)
+        while self.history.head < await self.log.head():
+            self._feed.take(await anext(reader))
         await reader.aclose()
 
     async def fill(self, count: int) -> None:
@@ -191,3 +190,53 @@ async def test_one_channel_is_replayed_from_the_log_before_its_answer() -> None:
         "replayed": 1_250,
         "id": "q",
     }
+
+
+async def test_what_the_log_shows_before_the_feed_has_read_it_is_told_once() -> None:
+    stage = Stage()
+    await stage.fill(3_000)
+    await stage.log.publish([Event("a", "session:0", {}) for _ in range(3)])
+    beginning = asyncio.create_task(stage.begin("session:0", since=100))
+    async with asyncio.timeout(5):
+        while not stage.archive.replays:
+            await asyncio.sleep(0)
+        for _ in range(20):
+            await asyncio.sleep(0)
+    await stage.catch_up()
+    one = await beginning
+    await asyncio.sleep(0)
+    assert kinds(one) == ["connected", *range(101, 3_001, 2), 3_001, 3_002, 3_003]
+    assert one.closed is None
+
+
+async def test_a_feed_that_stays_behind_asks_the_client_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "_BEHIND", 0.01)
+    stage = Stage()
+    await stage.fill(3_000)
+    await stage.log.publish([Event("a", "session:0", {})])
+    one = await stage.begin("session:0", since=100)
+    assert one.closed == 4011
+    offsets = wire_of(one).offsets
+    assert offsets == [*range(101, 101 + 2 * len(offsets), 2)]
+
+
+async def test_what_comes_while_one_channel_is_replayed_is_told_once_and_behind_the_answer() -> None:
+    stage = Stage()
+    await stage.fill(3_000)
+    pieces = 0
+
+    async def reads() -> None:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 2:
+            await stage.fill(4)
+
+    one = connection("session:0", drained=reads)
+    stage.hub.add(one)
+    recovery.connect(stage.hub, stage.history, one)
+    action = Subscribe("session:1", f"{stage.log.epoch}:500", "q")
+    await recovery.subscribe(stage.hub, stage.history, stage.archive, one, action)
+    await asyncio.sleep(0)
+    replayed = range(502, 3_001, 2)
+    assert kinds(one) == ["connected", *replayed, "subscribed", 3_001, 3_002, 3_003, 3_004]
+    assert data(one, "subscribed")["replayed"] == len(replayed)
