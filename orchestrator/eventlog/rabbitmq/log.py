@@ -34,6 +34,7 @@ from orchestrator.eventlog.rabbitmq.topology import DEAD_LETTER, STREAM, Declare
 from orchestrator.eventlog.rabbitmq.wire import Lost, Properties, properties
 from orchestrator.events import EXCHANGE, Event
 from orchestrator.settings import AmqpSettings
+from orchestrator.text import clean
 
 log = structlog.get_logger("rabbitmq")
 
@@ -41,6 +42,8 @@ log = structlog.get_logger("rabbitmq")
 _PREFETCH = 1000
 # Seconds by which the broker's clock may differ from ours.
 _SKEW = 5.0
+# Bytes that AMQP has for a message's id.
+_ID = 255
 # Own marks whose place is remembered.
 _MARKS = 1000
 
@@ -117,7 +120,8 @@ class RabbitLog:
                 Message(
                     "",
                     DEAD_LETTER,
-                    letter.event_id,
+                    # What was no UTF-8 has grown in the reading.
+                    clean(letter.event_id, _ID),
                     letter.body,
                     {
                         "reason": letter.reason[:1000],

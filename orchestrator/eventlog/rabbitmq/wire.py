@@ -13,7 +13,7 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 import aiormq
-from pamqp import commands, decode, encode, frame
+from pamqp import commands, encode, frame
 
 # The largest body that is taken; of a larger one the beginning is kept, for whoever looks at dead letters.
 MAX_BODY = 1 << 20
@@ -28,6 +28,9 @@ _HEARTBEAT = bytes((8, 0, 0, 0, 0, 0, 0, 0xCE))
 # Properties of what we publish: content type, headers, delivery mode, message id.
 _FLAGS = 0x8000 | 0x2000 | 0x1000 | 0x0080
 _OFFSET_KEY = b"\x0fx-stream-offsetl"
+# Bytes of a header's value, by its kind; those of other kinds begin with their length.
+_SIZES = {b"V": 0, b"D": 5} | dict.fromkeys((b"t", b"b", b"B"), 1) | dict.fromkeys((b"s", b"u", b"U"), 2)
+_SIZES |= dict.fromkeys((b"I", b"i", b"f"), 4) | dict.fromkeys((b"l", b"L", b"d", b"T"), 8)
 _U16, _U32, _U64, _I64 = Struct(">H"), Struct(">L"), Struct(">Q"), Struct(">q")
 _HEADER = Struct(">HHQ")
 
@@ -247,7 +250,9 @@ class Wire(asyncio.StreamReader):
             for lane in list(self.lanes.values()):
                 lane.lose(self.gone)
             for deadline in self.deadlines:
-                deadline.reschedule(self._clock())
+                # One that is over already, while its task does not know yet, may not be changed.
+                if not deadline.expired():
+                    deadline.reschedule(self._clock())
 
     def _watch(self, payload: bytes) -> None:
         (method,) = _METHOD.unpack_from(payload)
@@ -297,8 +302,17 @@ def _offset(table: bytes) -> int:
     # Nearly always it is the only header.
     if len(table) == 29 and table.startswith(_OFFSET_KEY, 4):
         return int(_I64.unpack_from(table, 21)[0])
-    headers: dict[str, Any] = decode.field_table(table)[1]
-    return int(headers.get("x-stream-offset", -1))
+    # The others' headers are passed over unread: what makes no sense in them is theirs.
+    at, end = 4, len(table)
+    while at < end:
+        key = table[at + 1 : at + 1 + table[at]]
+        at += 1 + len(key)
+        kind = table[at : at + 1]
+        size = _SIZES.get(kind)
+        if key == b"x-stream-offset" and size is not None:
+            return int.from_bytes(table[at + 1 : at + 1 + size])
+        at += 1 + (4 + _U32.unpack_from(table, at + 1)[0] if size is None else size)
+    return -1
 
 
 class Publications:

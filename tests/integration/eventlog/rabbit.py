@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
+from struct import pack
 
 import aiormq
+from pamqp import commands, frame
 
 from orchestrator.errors import LogUnavailable
 from orchestrator.eventlog.contract import Entry, EpochChanged, Truncated
 from orchestrator.eventlog.rabbitmq import RabbitLog
+from orchestrator.eventlog.rabbitmq.link import Endpoints
+from orchestrator.eventlog.rabbitmq.wire import Taker
 from orchestrator.events import EXCHANGE
 from orchestrator.settings import AmqpSettings
 
@@ -87,3 +91,19 @@ async def send(url: str, key: str, body: bytes, exchange: str = EXCHANGE, **prop
     async with plainly(url) as channel:
         given = aiormq.spec.Basic.Properties(delivery_mode=2, **properties)  # type: ignore[arg-type]
         await channel.basic_publish(body, exchange=exchange, routing_key=key, properties=given)
+
+
+async def send_raw(url: str, key: str, body: bytes, properties: bytes) -> None:
+    """Publish with the properties of a content header as they are: the flags, and what they announce."""
+    link = await Endpoints(settings(url), "raw").open()
+    try:
+        lane = await link.lane(Taker())
+        header = pack(">HHQ", 60, 0, len(body)) + properties
+        parts = [frame.marshal(commands.Basic.Publish(exchange=EXCHANGE, routing_key=key), lane.number)]
+        for kind, payload in ((2, header), (3, body)):
+            parts.append(pack(">BHL", kind, lane.number, len(payload)) + payload + b"\xce")
+        lane.write(b"".join(parts))
+        # Answered in order: the message is there then.
+        await lane.call(lambda channel: channel.exchange_declare(EXCHANGE, passive=True))
+    finally:
+        await link.close()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from struct import pack
 
 import aiormq
 import orjson
 
 from orchestrator.eventlog.rabbitmq import DeadLetter
 from tests.integration.eventlog.contract import numbered, numbers_of, read
-from tests.integration.eventlog.rabbit import opened, plainly, reading, send
+from tests.integration.eventlog.rabbit import opened, plainly, reading, send, send_raw
 
 ENVELOPE = b'{"event_type":"app.opened","channel":"app:1","data":{"n":1}}'
 
@@ -22,6 +23,17 @@ async def test_an_envelope_of_another_service_is_an_entry(amqp_url: str) -> None
         assert (first.offset, first.event_id, first.event_type, first.channel) == (1, "one", "app.opened", "app:1")
         assert (first.body, first.invalid) == (ENVELOPE, "")
         assert (second.offset, second.event_id, second.invalid) == (2, "two", "")
+
+
+async def test_headers_that_make_no_sense_here_stop_no_reader(amqp_url: str) -> None:
+    # A moment in the year 55,000 (microseconds, where seconds are meant), and a name that is no UTF-8.
+    table = b"\x04whenT" + pack(">Q", 1_700_000_000_000_000) + b"\x02\xff\xfet\x01" + b"\x01aA\0\0\0\x02t\x01"
+    async with opened(amqp_url) as log:
+        await send_raw(amqp_url, "other.key", ENVELOPE, pack(">HL", 0x2000, len(table)) + table)
+        await send(amqp_url, "other.key", ENVELOPE, message_id="next")
+        first, second = await read(log, 0, 2)
+        assert (first.offset, first.channel) == (1, "app:1")
+        assert (second.offset, second.event_id) == (2, "next")
 
 
 async def test_a_message_without_an_id_gets_the_same_one_from_every_reader(amqp_url: str) -> None:

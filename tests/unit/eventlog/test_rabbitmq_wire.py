@@ -135,6 +135,27 @@ async def test_the_broker_s_own_reason_is_told_to_all() -> None:
     assert one.told == two.told == [("CONNECTION_FORCED", 320)]
 
 
+async def test_a_loss_ends_all_waits_also_beside_one_that_is_just_over() -> None:
+    loop = asyncio.get_running_loop()
+    wire = Wire(loop)
+
+    async def wait(seconds: float) -> None:
+        async with asyncio.timeout(seconds) as deadline:
+            wire.deadlines.add(deadline)
+            # In the same turn of the loop in which the first is over, and before its task knows.
+            await loop.create_future()
+
+    over, *others = [asyncio.create_task(wait(seconds)) for seconds in (0.01, 1000, 1000)]
+    await asyncio.sleep(0)
+    first = next(each for each in wire.deadlines if each.when() < loop.time() + 10)
+    while not first.expired():
+        loop.call_soon(lambda: first.expired() and wire.gone is None and wire.lose("cut"))
+        await asyncio.sleep(0)
+    for task in (over, *others):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(task, 30)
+
+
 async def test_of_a_body_that_is_too_long_only_the_beginning_is_kept() -> None:
     wire, notes = Wire(asyncio.get_running_loop()), Notes()
     wire.lanes = {1: Lane(notes)}
