@@ -12,7 +12,7 @@ told from a repeated one; it is refused, which its sender can see, and not passe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum, StrEnum, auto
 from typing import Any
@@ -24,6 +24,7 @@ from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 from auth import accounts, audit
 from auth.accounts import Removal
 from auth.errors import Taken, Unacceptable
+from auth.names import clean
 from orchestrator import permissions_changed
 from orchestrator.database import Connection, Pool
 from orchestrator.errors import Conflict
@@ -102,8 +103,11 @@ def judge(heard: Heard | None, user: SyncedUser) -> Verdict:
 async def apply(connection: Connection, user: SyncedUser, *, by_operator: bool = False) -> Outcome:
     """Bring the account in line, within the caller's transaction. `by_operator`: whatever was heard before.
 
-    Raises Conflict: a `created` after the deletion; Taken, Unacceptable: `auth.accounts` says why it cannot be.
+    Raises Conflict: a `created` after the deletion; Taken, Unacceptable: `auth.accounts` says why it cannot be; Taken,
+    too, for an administrator's address: whoever names it at the other service would be one here.
     """
+    # As the accounts have it, so that one user has one history, and its id can be stored.
+    user = replace(user, external_id=clean(user.external_id, field="id", longest=255))
     heard = await _heard(connection, user.external_id)
     verdict = Verdict.OBEY if by_operator else judge(heard, user)
     if verdict is Verdict.PASS_OVER:
@@ -124,7 +128,8 @@ async def apply(connection: Connection, user: SyncedUser, *, by_operator: bool =
     )
     if user.deleted:
         return await _delete(connection, user)
-    return await _upsert(connection, user, restores=heard is not None and heard.deleted)
+    restores = heard is not None and heard.deleted
+    return await _upsert(connection, user, restores=restores, by_operator=by_operator)
 
 
 async def _heard(connection: Connection, external_id: str) -> Heard | None:
@@ -146,11 +151,17 @@ async def _delete(connection: Connection, user: SyncedUser) -> Outcome:
     return Outcome(removal.value)
 
 
-async def _upsert(connection: Connection, user: SyncedUser, *, restores: bool) -> Outcome:
+async def _upsert(connection: Connection, user: SyncedUser, *, restores: bool, by_operator: bool) -> Outcome:
     known = await connection.fetchrow(
         "SELECT id, email, name, is_disabled FROM users WHERE external_id = $1", user.external_id
     )
     of_address = None if known else await accounts.find_by_email(connection, user.email)
+    if of_address is not None and of_address.is_admin and not by_operator:
+        raise Taken(
+            f"The address {user.email!r} is an administrator's: only an operator's `sync-users` gives it to another "
+            "service's user.",
+            field="email",
+        )
     after = await accounts.upsert_synced(connection, user.external_id, user.email, user.name)
     if known is None:
         if of_address is None:

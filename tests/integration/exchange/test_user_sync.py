@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from struct import pack
 from typing import Any
 
 import aiormq
@@ -12,12 +13,13 @@ import pytest
 import pytest_asyncio
 
 from auth import accounts
+from auth.errors import Taken
 from orchestrator import user_sync
 from orchestrator.database import Connection, Pool
 from orchestrator.errors import Conflict
 from orchestrator.events import USER_MESSAGES, USERS_QUEUE
 from orchestrator.user_sync import Outcome, SyncedUser, UserSync
-from tests.integration.eventlog.rabbit import PATIENCE, opened, plainly, send
+from tests.integration.eventlog.rabbit import PATIENCE, opened, plainly, send, send_raw
 
 ADA = SyncedUser("7", "ada@example.org", "Ada")
 
@@ -51,6 +53,23 @@ async def test_an_account_of_the_same_address_is_linked_and_its_sockets_are_chec
     assert await apply(connection, ADA) is Outcome.LINKED
     assert await connection.fetchval("SELECT external_id FROM users WHERE id = $1", own.id) == "7"
     assert await told(connection) == 1
+
+
+async def test_only_an_operator_links_an_administrator(connection: Connection) -> None:
+    admin = await accounts.register(connection, "ADA@example.org", None, "Own", is_admin=True)
+    with pytest.raises(Taken, match="administrator"):
+        await apply(connection, ADA)
+    assert await connection.fetchval("SELECT external_id FROM users WHERE id = $1", admin.id) is None
+    assert await connection.fetchval("SELECT count(*) FROM synced_users") == 0
+    assert await apply(connection, ADA, by_operator=True) is Outcome.LINKED
+    # From then on it is the other service's, as any other.
+    assert await apply(connection, SyncedUser("7", "ada@example.org", "A.")) is Outcome.CHANGED
+
+
+async def test_blanks_around_an_id_make_no_other_user(connection: Connection) -> None:
+    await apply(connection, ADA)
+    assert await apply(connection, SyncedUser(" 7 ", deleted=True)) is Outcome.DELETED
+    assert await apply(connection, SyncedUser(" 7", "ada@example.org", "Ada")) is Outcome.OUTDATED
 
 
 async def test_a_deleted_user_comes_back_by_a_greater_version_or_by_the_operator(connection: Connection) -> None:
@@ -169,3 +188,15 @@ async def test_a_message_that_cannot_be_obeyed_now_waits_and_those_behind_it_too
     await pool.execute("ALTER TABLE elsewhere RENAME TO synced_users")
     await until(pool, "SELECT name FROM users", "Ada Lovelace")
     assert await pool.fetchval("SELECT count(*) FROM audit_log WHERE action = 'user.sync'") == 2
+
+
+async def test_ids_that_cannot_be_stored_or_put_away_as_they_are_hold_up_nobody(syncing: str, pool: Pool) -> None:
+    gone = orjson.dumps({"id": "a\0b"})
+    await send(syncing, "auth.user.deleted", gone)
+    await send_raw(syncing, "auth.user.deleted", gone, pack(">HB", 0x0080, 255) + b"\xff" * 255)
+    await send(syncing, "auth.user.created", user(1, "Next"))
+    await until(pool, "SELECT name FROM users", "Next")
+    async with plainly(syncing) as channel:
+        for _ in range(2):
+            message = await channel.basic_get("cluster-code.dead-letter", no_ack=True)
+            assert "control characters" in message.header.properties.headers["reason"]
