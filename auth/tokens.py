@@ -67,10 +67,11 @@ class ShortGrant:
     channels: tuple[str, ...] | None
     # Unix seconds at which the main token behind it ends; None: it never does.
     expires_at: float | None
+    # The user's `tokens_valid_from`, in Unix seconds, by which the token was good. Read later it might be of a
+    # revocation that has made the token void.
+    valid_from: float
     # The short token's own id; None: a main token was shown instead.
     jti: UUID | None = None
-    # The user's `tokens_valid_from` when it was redeemed, in Unix seconds, where that was read.
-    valid_from: float | None = None
 
 
 class _PreparedHmac(HMACAlgorithm):
@@ -287,6 +288,7 @@ class Tokens:
                    INSERT INTO spent_short_tokens (jti, expires_at, address) VALUES ($1, to_timestamp($2), $7)
                    ON CONFLICT DO NOTHING RETURNING jti)
                SELECT id, email, is_admin, is_disabled,
+                      greatest(extract(epoch FROM tokens_valid_from), 0)::float8 AS valid_from,
                       tokens_valid_from <= to_timestamp($4) AND NOT EXISTS (
                           SELECT FROM revoked_tokens WHERE user_id = $3 AND token_id = $6) AS is_current,
                       EXISTS (SELECT FROM spent) AS is_first_use,
@@ -477,14 +479,16 @@ def _grant(row: asyncpg.Record | None, short: ShortClaims) -> ShortGrant:
     if row is not None and not row["is_kept"]:
         raise Unauthenticated("The API token behind this short token was revoked.")
     identity = replace(_identity(row, short.claims), token_id=short.main_jti, expires_at=short.main_exp)
-    return ShortGrant(identity, short.only, short.main_exp, short.jti)
+    # A row that there is not has raised.
+    valid_from = row["valid_from"] if row is not None else 0.0
+    return ShortGrant(identity, short.only, short.main_exp, valid_from, short.jti)
 
 
 def _answer(row: asyncpg.Record | None, short: ShortClaims, *, is_first: bool) -> ShortGrant | Unauthenticated:
     try:
         if row is not None and not (row["is_first_use"] and is_first):
             raise Unauthenticated("The short token was used before: each opens one connection.")
-        return replace(_grant(row, short), valid_from=row["valid_from"] if row is not None else None)
+        return _grant(row, short)
     except Unauthenticated as error:
         return error
 

@@ -101,13 +101,12 @@ async def _refresh(context: Context, connection: Connection, action: protocol.Re
     hub = context.hub
     async with context.pool.acquire(timeout=context.database_timeout) as sql:
         grant = await context.tokens.redeem_short(sql, action.token)
-        standing = await authorization.standing(sql, connection.user_id)
     if grant.identity.user_id != connection.user_id:
         raise Unauthenticated("The short token is another user's.")
-    if standing is None or not has_scope(grant.identity, Scope.READ):
+    if not has_scope(grant.identity, Scope.READ):
         raise Forbidden(f"The short token lacks the scope {Scope.READ.value!r}.")
     connection.identity, connection.narrowed = grant.identity, grant.channels
-    connection.expires_at, connection.valid_from = grant.expires_at, standing.valid_from
+    connection.expires_at, connection.valid_from = grant.expires_at, grant.valid_from
     connection.warned, connection.due = False, 0.0
     # The new token may allow less than the old one did.
     hub.recheck(connection.user_id)

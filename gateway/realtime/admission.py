@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from auth.errors import Forbidden, Unauthenticated
+from auth.errors import Forbidden
 from auth.permissions import Identity, Scope, has_scope
 from auth.tokens import ShortGrant
 from gateway.context import CONTEXT, Context
@@ -37,7 +37,6 @@ class Admission:
     """What a connection was admitted with. `generation`: the hub's, when that was read."""
 
     grant: ShortGrant
-    valid_from: float
     channels: tuple[str, ...]
     generation: int
 
@@ -47,7 +46,7 @@ class Admission:
             "identity": self.grant.identity,
             "narrowed": self.grant.channels,
             "expires_at": self.grant.expires_at,
-            "valid_from": self.valid_from,
+            "valid_from": self.grant.valid_from,
             "address": address_of(request),
             "channels": self.channels,
         }
@@ -81,14 +80,8 @@ async def admit_bearer(request: web.Request, grant: ShortGrant, generation: int)
         raise Forbidden(f"This token lacks the scope {Scope.READ.value!r} that connecting takes.")
     channels = _channels(request, identity, context.settings.realtime.channels_per_connection)
     refused, asked = authorization.decide_all_alone(identity, channels, grant.channels)
-    valid_from = grant.valid_from
-    if asked or valid_from is None:
+    if asked:
         async with context.pool.acquire(timeout=context.database_timeout) as sql:
-            if valid_from is None:
-                standing = await authorization.standing(sql, identity.user_id)
-                if standing is None:
-                    raise Unauthenticated("The account of this token is gone or disabled.")
-                valid_from = standing.valid_from
             refused |= await authorization.refusals(sql, identity, asked, grant.channels)
     if refused:
         name, error = next(iter(refused.items()))
@@ -101,7 +94,7 @@ async def admit_bearer(request: web.Request, grant: ShortGrant, generation: int)
             f"This user has {context.settings.realtime.connections_per_user} connections already: close one.",
             headers={"Retry-After": _RETRY_LIMIT},
         )
-    return Admission(grant, valid_from, channels, generation)
+    return Admission(grant, channels, generation)
 
 
 def begin(context: Context, connection: Connection, stream: Stream, generation: int, since: str | None) -> None:

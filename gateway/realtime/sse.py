@@ -28,7 +28,7 @@ from auth.tokens import ShortGrant
 from gateway.context import CONTEXT, Context
 from gateway.operation import bearer
 from gateway.problems import Problem
-from gateway.realtime import admission, frames, protocol, upgrade
+from gateway.realtime import admission, authorization, frames, protocol, upgrade
 from gateway.realtime.connection import Connection
 from gateway.realtime.history import History
 from gateway.realtime.stream import Stream
@@ -192,8 +192,11 @@ async def handle(request: web.Request) -> web.StreamResponse:
 async def _redeem(request: web.Request, sql: Sql, *, comes_back: bool) -> ShortGrant:
     tokens = request.app[CONTEXT].tokens
     if "Authorization" in request.headers:
-        identity = await tokens.authenticate(sql, bearer(request))
-        return ShortGrant(identity, None, identity.expires_at)
+        main = bearer(request)
+        standing = await authorization.standing(sql, (await tokens.authenticate(sql, main)).user_id)
+        # Again: voided between the two, it would be taken for a token of after that.
+        identity = await tokens.authenticate(sql, main)
+        return ShortGrant(identity, None, identity.expires_at, standing.valid_from if standing else 0.0)
     token = request.query.get("token")
     if not token:
         raise Unauthenticated("A token is missing: pass ?token={short_token}, or Authorization: Bearer {main token}.")

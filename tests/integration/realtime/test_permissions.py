@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from auth.errors import AuthError, NotVisible
+from auth.tokens import ShortGrant, Tokens
 from gateway.realtime import authorization
 from orchestrator.eventlog import outbox
 from orchestrator.events import GATEWAY, PERMISSIONS_CHANGED, Event
@@ -171,3 +173,23 @@ async def test_the_event_of_a_removal_may_come_through_the_outbox(gateway: Gatew
                 await outbox.add(connection, Event(PERMISSIONS_CHANGED, GATEWAY, {"user_id": user.user_id}))
             assert await outbox.relay_batch(connection, stage.log) == 1
         assert await client.closed() == 4507
+
+
+async def test_tokens_that_are_void_right_after_a_refresh_keep_no_connection(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = await stage.user("ann")
+    client = stage.client(user)
+    await client.connect()
+    redeem = Tokens.redeem_short
+
+    async def void_right_after(*arguments: Any) -> ShortGrant:
+        grant = await redeem(*arguments)
+        await stage.pool.execute("UPDATE users SET tokens_valid_from = clock_timestamp()")
+        return grant
+
+    monkeypatch.setattr(Tokens, "redeem_short", void_right_after)
+    await client.send({"action": "refresh", "token": stage.tokens.issue_short(user)})
+    assert (await client.receive())["event_type"] == "pong"
+    await changed(stage, user.user_id)
+    assert await client.closed() == 4500

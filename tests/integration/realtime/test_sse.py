@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 
 from auth.permissions import Identity
+from auth.tokens import Tokens
 from orchestrator.events import GATEWAY, PERMISSIONS_CHANGED, Event
 from tests.integration.realtime.client import Client
 from tests.integration.realtime.conftest import Gateway, Stage
@@ -312,6 +313,32 @@ async def test_a_revoked_token_ends_the_stream_for_good(stage: Stage) -> None:
     await stage.log.publish([Event(PERMISSIONS_CHANGED, GATEWAY, {"user_id": user.user_id})])
     assert await events.closed() == {"code": 4500, "reason": "token invalid", "reconnect": False}
     assert await refused(events) == 401
+
+
+@pytest.mark.parametrize("way", ["redeem_stream", "authenticate"])
+async def test_tokens_that_are_void_right_after_they_were_shown_open_nothing_that_lasts(
+    stage: Stage, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = await stage.user("ann")
+    believe, voided = getattr(Tokens, way), False
+
+    async def void_right_after(*arguments: Any, **options: Any) -> Any:
+        nonlocal voided
+        believed = await believe(*arguments, **options)
+        if not voided:
+            voided = True
+            await stage.pool.execute("UPDATE users SET tokens_valid_from = clock_timestamp()")
+        return believed
+
+    monkeypatch.setattr(Tokens, way, void_right_after)
+    if way == "authenticate":
+        events, headers = EventSource(stage), {"Authorization": f"Bearer {stage.tokens.issue_main(user.user_id)}"}
+        assert await refused(events, **headers) == 401
+    else:
+        events = source(stage, user)
+        await events.open()
+        await stage.log.publish([Event(PERMISSIONS_CHANGED, GATEWAY, {"user_id": user.user_id})])
+        assert (await events.closed())["code"] == 4500
 
 
 async def test_lost_permission_ends_the_stream(stage: Stage) -> None:
