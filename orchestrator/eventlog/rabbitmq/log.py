@@ -223,10 +223,11 @@ class RabbitLog:
 
     async def close(self) -> None:
         """End all readers and consumers, and close all connections. Idempotent."""
+        # First, so that nobody begins to connect once more.
+        await self._links.close()
         if self._connecting:
             self._connecting.cancel()
             await asyncio.wait([self._connecting])
-        await self._links.close()
         self._publisher = None
 
     # Publishing. -----------------------------------------------------------------------------------------------------
@@ -294,6 +295,9 @@ class RabbitLog:
                 self._trouble = str(error)
                 log.warning("RabbitMQ cannot be reached", error=str(error), failures=failures)
                 await asyncio.sleep(backoff(failures))
+            except LogUnavailable:
+                # Closed, which those who wait for this see themselves.
+                return
 
     async def _open_publisher(self) -> Publisher:
         link = await self._links.open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -14,7 +15,7 @@ from orchestrator.eventlog.contract import EpochChanged
 from orchestrator.eventlog.rabbitmq import RabbitLog
 from orchestrator.events import EXCHANGE, Event
 from tests.integration.eventlog.contract import numbered, numbers_of, read
-from tests.integration.eventlog.rabbit import PATIENCE, Reading, opened, plainly, reading
+from tests.integration.eventlog.rabbit import PATIENCE, Reading, opened, plainly, reading, settings
 from tests.proxy import TcpProxy
 from tests.rabbitmq import Broker, Server
 
@@ -327,3 +328,24 @@ async def _refused(log: RabbitLog) -> None:
     async with asyncio.timeout(PATIENCE):
         while True:
             await log.publish(numbered([1]))
+
+
+async def test_a_log_that_is_closed_while_it_connects_leaves_nothing(
+    amqp_url: str, rabbitmq_server: Server, vhost: str
+) -> None:
+    trouble: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: trouble.append(context))
+    async with TcpProxy(rabbitmq_server.host, rabbitmq_server.port) as proxy:
+        log = await RabbitLog.open(settings(rabbitmq_server.amqp_url(vhost, port=proxy.port)), name="tests")
+        await proxy.refuse()
+        proxy.cut()
+        waiting = [asyncio.create_task(log.publish(numbered([number]))) for number in range(3)]
+        async with asyncio.timeout(PATIENCE):
+            while not (connecting := log._connecting) or connecting.done():
+                await asyncio.sleep(0.01)
+        await log.close()
+        assert {type(each) for each in await asyncio.gather(*waiting, return_exceptions=True)} == {LogUnavailable}
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("rabbitmq")]
+        del log, connecting, waiting
+        gc.collect()
+    assert trouble == []
