@@ -82,6 +82,8 @@ async def connect(settings: DatabaseSettings, *, name: str) -> Connection:
     connection = await asyncpg.connect(
         settings.url,
         timeout=settings.timeout,
+        # Our side hears nothing of a server whose machine has died: who leads or holds must not wait for it.
+        command_timeout=settings.timeout,
         server_settings=_PLANNER | _KEEPALIVE | {"application_name": name},
     )
     try:

@@ -34,6 +34,8 @@ MAX_WAITING_BYTES = 16 << 20
 _BATCH = 100
 # Rows that are kept, whoever floods us.
 MOST = 100_000
+# Bytes of bodies published at once, and one body more: RabbitMQ has to confirm them within a call's deadline.
+_BATCH_BYTES = 4 << 20
 # Bytes of a body that are kept once it is in RabbitMQ.
 _KEPT = 1024
 # Bytes. AMQP's routing keys and message ids have no more.
@@ -120,9 +122,14 @@ async def relay(settings: DatabaseSettings, exchange: Exchange, wakeup: Wakeup, 
 async def relay_batch(connection: Connection, exchange: Exchange) -> int:
     """Publish the oldest and note that; how many. Raises LogUnavailable, and what is in `UNAVAILABLE`."""
     rows = await connection.fetch(
-        """SELECT epoch, log_offset, event_id, routing_key, reason, body FROM dead_letters
-            WHERE published_at IS NULL ORDER BY created_at, log_offset LIMIT $1""",
+        """WITH oldest AS (
+               SELECT * FROM dead_letters WHERE published_at IS NULL ORDER BY created_at, log_offset, epoch LIMIT $1)
+           SELECT epoch, log_offset, event_id, routing_key, reason, body
+             FROM (SELECT *, sum(length(body)) OVER (ORDER BY created_at, log_offset, epoch) - length(body) AS before
+                     FROM oldest) AS added_up
+            WHERE before < $2 ORDER BY created_at, log_offset, epoch""",
         _BATCH,
+        _BATCH_BYTES,
     )
     if not rows:
         return 0

@@ -65,6 +65,16 @@ async def test_an_entry_is_noted_once_and_published_once(connection: Connection)
     assert await connection.fetchval("SELECT max(length(body)) FROM dead_letters") == 1024
 
 
+async def test_large_ones_are_published_some_at_a_time(connection: Connection) -> None:
+    queue = Queue()
+    await dead_letters.write(connection, [("e", invalid(offset, b"x" * (1 << 20))) for offset in range(1, 11)])
+    counts = []
+    while counts[-1:] != [0]:
+        counts.append(await dead_letters.relay_batch(connection, queue))
+    assert counts == [4, 4, 2, 0]
+    assert [one.offset for one in queue.letters] == list(range(1, 11))
+
+
 async def test_what_postgresql_cannot_hold_is_noted_all_the_same(connection: Connection) -> None:
     entry = Entry(1, "a\0b", "key\0\udcff", "", b"\0\xff", "bad: \0")
     await dead_letters.write(connection, [("e", entry)])
