@@ -22,6 +22,10 @@ from orchestrator.events import GATEWAY, PERMISSIONS_CHANGED
 
 log = structlog.get_logger("gateway.feed")
 
+# Entries before the history that a process which begins reads for their ids alone: what was published twice, the first
+# time there, is told once.
+_LOOK_BACK = 5_000
+
 # What is done with the data of a control event. It must be quick.
 Order = Callable[[Mapping[str, Any]], None]
 
@@ -44,6 +48,8 @@ class Feed:
         # The epoch that the history is of; None before the first. The offset from which on it is warm.
         self._epoch: str | None = None
         self._target = 0
+        # The log begins behind this offset, as far as it is known.
+        self._oldest = 0
         self._last_event_at: float | None = None
         self._failures_in_a_row = 0
 
@@ -80,7 +86,10 @@ class Feed:
             except EpochChanged as lost:
                 log.warning("the log has begun anew", epoch=lost.epoch)
             except Truncated as lost:
-                self._start_anew(lost.first - 1)
+                self._oldest = lost.first - 1
+                # Unless it is only what would have been read for its ids.
+                if self.ready or self._oldest > self.offset:
+                    self._start_anew(self._oldest)
             except LogUnavailable as error:
                 self.failures += 1
                 self._failures_in_a_row += 1
@@ -97,13 +106,14 @@ class Feed:
         floor = await self._log.offset_before(self._history.max_seconds)
         self._target = await self._log.head()
         if self._log.epoch == epoch:
-            self._epoch = epoch
+            self._epoch, self._oldest = epoch, 0
             self._start_anew(max(floor, self._target - self._history.most_entries))
 
     async def _read(self) -> None:
         """Read on from the history's head, for ever. Raises what the log raises, RuntimeError when it ends."""
         self._look_ready()
-        async with aclosing(self._log.read(self.offset)) as reader:
+        after = self.offset if self.ready else max(self.offset - _LOOK_BACK, self._oldest)
+        async with aclosing(self._log.read(after)) as reader:
             async for batch in reader:
                 self._failures_in_a_row = 0
                 self.take(batch)
@@ -122,6 +132,7 @@ class Feed:
         self._last_event_at = now = asyncio.get_running_loop().time()
         for entry in batch:
             if entry.offset <= self._history.head:
+                self._history.remember(entry)
                 continue
             if not entry.channel:
                 self._history.skip(entry.offset)

@@ -156,6 +156,10 @@ class History:
             self.expire(now)
         return stored
 
+    def remember(self, entry: Entry) -> None:
+        """Note the id of an entry that lies before what is to be told, so that a repeat of it is known."""
+        self._ids.add(entry.event_id)
+
     def skip(self, offset: int) -> None:
         """Note that the log was read up to `offset`."""
         self.head = offset

@@ -116,6 +116,30 @@ async def test_a_new_process_reads_what_is_there_before_it_is_ready() -> None:
         assert len(stage.history) == 2_000
 
 
+@pytest.mark.parametrize("kept", [20, 5])
+async def test_a_new_process_knows_what_was_published_before_its_history_begins(kept: int) -> None:
+    class Warm(MemoryLog):
+        async def offset_before(self, seconds: float) -> int:
+            return 500 + 20
+
+    log = Warm(offset=500)
+    repeated = [Event("a", "session:1", {"n": n}) for n in range(10)]
+    await log.publish([Event("a", "session:1", {}) for _ in range(10)])
+    await log.publish(repeated)
+    await log.publish([Event("a", "session:1", {}), *repeated, Event("a", "session:1", {})])
+    # The log itself may begin behind where it is looked for.
+    while log._first <= 520 - kept:
+        log._max_bytes = log._bytes - 1
+        log._drop()
+    async with running(log) as stage:
+        await stage.until(lambda: stage.feed.ready)
+        # Who resumes here has seen the others at another gateway.
+        events, _ = stage.history.after(["session:1"], 520, 1 << 20)
+        unknown = 10 - min(10, kept)
+        assert [stored.offset for stored in events] == [521, *range(522, 522 + unknown), 532]
+        assert (stage.history.floor, stage.feed.resets) == (520, 1)
+
+
 async def test_an_event_published_twice_is_delivered_once() -> None:
     async with running(MemoryLog()) as stage:
         await stage.until(lambda: stage.feed.ready)
