@@ -144,7 +144,7 @@ class Link:
         if self.wire.gone is None and not self.wire.blocked and not self.silent:
             with suppress(*_FAILURES):
                 async with asyncio.timeout(1.0):
-                    await self._connection.close()
+                    await _cancellable(self._connection.close())
         await self.abandon()
 
     async def abandon(self) -> None:
@@ -162,7 +162,7 @@ class Link:
         self.wire.deadlines.add(deadline)
         try:
             async with deadline:
-                return await question
+                return await _cancellable(question)
         except _FAILURES as error:
             raise _failure(error, self.wire, self.name, self.timeout) from error
         finally:
@@ -172,7 +172,7 @@ class Link:
         if not channel.is_closed and self.wire.gone is None:
             with suppress(*_FAILURES):
                 async with asyncio.timeout(self.timeout):
-                    await channel.close()
+                    await _cancellable(channel.close())
 
 
 class Lane:
@@ -207,6 +207,17 @@ class Lane:
         self._lane.taker = Taker()
         await self.link._close_channel(self._channel)  # noqa: SLF001
         self.link.wire.lanes.pop(self.number, None)
+
+
+async def _cancellable(question: Awaitable[T]) -> T:
+    """Await it. To a cancellation aiormq may answer with an error of its own: raised is the cancellation."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        return await question
+    finally:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 async def _nobody(_: object) -> None:

@@ -163,6 +163,17 @@ async def test_a_queue_with_other_arguments_is_told(amqp_url: str) -> None:
             await log.consume("cluster-code.other", KEYS, Handler())
 
 
+async def test_a_consumer_ends_at_whatever_moment_of_its_start_it_is_cancelled(amqp_url: str) -> None:
+    async with opened(amqp_url) as log:
+        for steps in range(0, 150, 5):
+            task = asyncio.create_task(log.consume(QUEUE, KEYS, Handler()))
+            for _ in range(steps):
+                await asyncio.sleep(0.0002)
+            task.cancel()
+            await asyncio.wait([task], timeout=PATIENCE)
+            assert task.cancelled(), steps
+
+
 async def test_a_closed_log_ends_its_consumers(amqp_url: str, rabbitmq_server: Server, vhost: str) -> None:
     async with opened(amqp_url) as log:
         task = asyncio.create_task(log.consume(QUEUE, KEYS, Handler()))
