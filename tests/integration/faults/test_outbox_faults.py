@@ -105,35 +105,29 @@ async def further(viewers: list[Viewer], sent: Counter[str]) -> None:
 
 async def commit(settings: DatabaseSettings, sent: Counter[str]) -> None:
     """For ever: three events with a change, in one transaction, tried again until it is known to be committed."""
-    connection: asyncpg.Connection | None = None
-    number = 0
     while True:
-        numbers = range(number + 1, number + 4)
         try:
-            if connection is None:
-                connection = await asyncpg.connect(settings.url, timeout=5)
-                # Whether the last one was committed is not known when the answer to it was lost.
-                number = await connection.fetchval("SELECT coalesce(max(n), 0) FROM committed")
-                sent[CHANNEL] = number
-                continue
-            async with connection.transaction():
-                await connection.executemany("INSERT INTO committed VALUES ($1)", [(n,) for n in numbers])
-                await outbox.add(
-                    connection,
-                    *(Event("test.event", CHANNEL, {"n": n, "t": monotonic()}, str(uuid4())) for n in numbers),
-                )
+            connection = await asyncpg.connect(settings.url, timeout=5)
         except UNAVAILABLE:
-            if connection is not None:
-                connection.terminate()
-            connection = None
             await asyncio.sleep(0.05)
-        except BaseException:
-            if connection is not None:
-                connection.terminate()
-            raise
-        else:
-            number = sent[CHANNEL] = numbers[-1]
-            await asyncio.sleep(0.005)
+            continue
+        try:
+            # Whether the last one was committed is not known when the answer to it was lost.
+            number = sent[CHANNEL] = await connection.fetchval("SELECT coalesce(max(n), 0) FROM committed")
+            while True:
+                numbers = range(number + 1, number + 4)
+                async with connection.transaction():
+                    await connection.executemany("INSERT INTO committed VALUES ($1)", [(n,) for n in numbers])
+                    await outbox.add(
+                        connection,
+                        *(Event("test.event", CHANNEL, {"n": n, "t": monotonic()}, str(uuid4())) for n in numbers),
+                    )
+                number = sent[CHANNEL] = numbers[-1]
+                await asyncio.sleep(0.005)
+        except UNAVAILABLE:
+            await asyncio.sleep(0.05)
+        finally:
+            connection.terminate()
 
 
 async def highest(settings: DatabaseSettings) -> int:
