@@ -88,13 +88,16 @@ async def _subscribe(context: Context, connection: Connection, action: protocol.
     if authorization.decide_alone(connection.identity, channel, connection.narrowed) is not None:
         async with context.pool.acquire(timeout=context.database_timeout) as sql:
             await authorization.may_subscribe(sql, connection.identity, channel, connection.narrowed)
-    if channel not in connection.channels and len(connection.channels) >= hub.settings.channels_per_connection:
-        hub.close(connection, CloseCode.CHANNEL_LIMIT)
-        return
-    await recovery.subscribe(hub, context.history, context.archive, connection, action)
+    if channel not in connection.channels:
+        if len(connection.channels) >= hub.settings.channels_per_connection:
+            hub.close(connection, CloseCode.CHANNEL_LIMIT)
+            return
+        # From now on a change of permissions finds it, however long it catches up.
+        connection.channels += (channel,)
     if hub.generation != generation:
-        # A change that was told between the check and the subscription has not found it.
+        # A change that was told since the check was begun has not.
         hub.recheck(connection.user_id)
+    await recovery.subscribe(hub, context.history, context.archive, connection, action)
 
 
 async def _refresh(context: Context, connection: Connection, action: protocol.Refresh) -> None:

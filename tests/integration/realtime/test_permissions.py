@@ -8,7 +8,7 @@ import pytest
 
 from auth.errors import AuthError, NotVisible
 from auth.tokens import ShortGrant, Tokens
-from gateway.realtime import authorization
+from gateway.realtime import authorization, recovery
 from orchestrator.eventlog import outbox
 from orchestrator.events import GATEWAY, PERMISSIONS_CHANGED, Event
 from tests.integration.realtime.conftest import Gateway, Stage
@@ -140,6 +140,22 @@ async def test_a_change_told_between_check_and_subscription_is_not_missed(
     await client.connect()
     await client.subscribe(f"workspace:{workspace}")
     assert await client.closed() == 4507
+
+
+async def test_a_change_told_while_a_subscription_catches_up_ends_it_at_once(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "_PATIENCE", 60.0)
+    user = await stage.user("ann")
+    channel = f"workspace:{await stage.workspace(user)}"
+    client = stage.client(user)
+    await client.connect()
+    await client.send({"action": "subscribe", "channel": channel, "since": f"{stage.log.epoch}:1000"})
+    await stage.until(lambda: stage.context.history._waiting)
+    await stage.pool.execute("DELETE FROM workspace_members")
+    await changed(stage, user.user_id)
+    assert await client.closed() == 4507
+    stage.context.history.skip(1000)
 
 
 async def test_a_change_told_during_the_handshake_is_not_missed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
