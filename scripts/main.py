@@ -333,8 +333,16 @@ def dead_letters(limit: int) -> None:
         body = one.body.decode(errors="replace")
         shown = body if len(body) <= 60 else f"{body[:60]}…"
         at = f"{one.created_at:%Y-%m-%d %H:%M:%S}"
-        table.add_row(at, one.position, one.routing_key, one.reason, repr(shown), _yes(one.published_at is not None))
+        strange = (_harmless(text) for text in (one.routing_key, one.reason, repr(shown)))
+        table.add_row(at, one.position, *strange, _yes(one.published_at is not None))
     _print_table(table)
+
+
+def _harmless(text: str) -> Any:
+    """A stranger's text, which neither the table nor the terminal takes for its own."""
+    from rich.text import Text
+
+    return Text("".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text))
 
 
 def _env() -> Env:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -111,6 +111,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         # The tests themselves say that there is none.
         with suppress(rabbitmq.NoBroker):
             rabbitmq.want()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tell in one line, and not in one for each test, that there is no RabbitMQ."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple) and rabbitmq.HOW_TO_GET_ONE in report.longrepr[2]:
+        report.longrepr = (__file__, no_broker.__code__.co_firstlineno, report.longrepr[2])
+    return report
 
 
 def no_broker(error: rabbitmq.NoBroker) -> NoReturn:

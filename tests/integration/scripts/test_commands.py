@@ -295,6 +295,16 @@ def test_dead_letters_are_listed_newest_first(run: Run, fetch: Fetch) -> None:
     for shown in ("e1:2", "data is missing", "yyyy", "not JSON"):
         assert shown in output
     assert "app.old" not in run("dead-letters", "--limit", "1")[1]
+    fetch(
+        r"""INSERT INTO dead_letters (epoch, log_offset, event_id, routing_key, reason, body)
+            VALUES ('e1', 3, 'c', E'app.\033[2Jkey', 'no [/tag]', '[/body]') RETURNING 1"""
+    )
+    code, output, errors = run("dead-letters")
+    assert (code, errors) == (0, "")
+    assert "\N{REPLACEMENT CHARACTER}[2Jkey" in output
+    assert "no [/tag]" in output
+    assert "[/body]" in output
+    assert "\033" not in output
 
 
 @pytest.mark.parametrize(
