@@ -95,6 +95,7 @@ class _Supervisor:
                 done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
             except asyncio.CancelledError:
                 # Another signal hurries; one more does not wait at all.
+                log.warning("hurrying the workers", signal=signals[0].name)
                 done = {stopping}
             for slot in done & {*slots}:
                 slot.result()

@@ -139,6 +139,21 @@ async def test_no_worker_outlives_a_supervisor_that_is_killed(make: Make) -> Non
     assert await gateway.stop() == 0
 
 
+async def test_more_signals_hurry_even_a_worker_that_hangs(make: Make) -> None:
+    gateway = make("gateway", "--workers", "2")
+    await gateway.start()
+    await gateway.until_logged("gateway listens", 2)
+    workers = gateway.workers()
+    os.kill(workers[1], signal.SIGSTOP)
+    gateway.signal(signal.SIGTERM)
+    await gateway.until(lambda: not living(workers[2]))
+    for count in (1, 2):
+        gateway.signal(signal.SIGTERM)
+        await gateway.until_logged("hurrying the workers", count)
+    assert await gateway.ended() == 130
+    assert not living(workers[1])
+
+
 async def test_workers_that_cannot_begin_end_with_2_and_their_supervisor_too(make: Make) -> None:
     gateway = make("gateway", "--workers", "2", JWT_SECRET="short")
     await gateway.start()
