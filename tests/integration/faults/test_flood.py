@@ -18,7 +18,7 @@ from tests.integration.faults.stage import Stage, caught_up
 from tests.integration.faults.viewer import p99, prove
 from tests.rabbitmq import eventually
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(200)]
 
 DEAD_LETTER = "cluster-code.dead-letter"
 FLOOD = 20_000

@@ -11,7 +11,7 @@ from tests.integration.faults.flow import Flow
 from tests.integration.faults.stage import Stage, caught_up, until
 from tests.integration.faults.viewer import Viewer, p99, prove
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
 CHANNEL = "app:one"
 # Seconds under which a latency is never held against anybody: gateways, crowd and others share the machine's cores.

@@ -19,7 +19,7 @@ from tests.integration.faults.flow import Flow
 from tests.integration.faults.stage import Replica, Stage, caught_up, until
 from tests.integration.faults.viewer import BINARY, PING, PONG, TEXT, Viewer, handshake, masked, p99, prove
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(200)]
 
 CHANNEL = "app:one"
 # Seconds under which a latency is never held against anybody: the machine may be busy.

@@ -111,4 +111,4 @@ def got(viewer: Viewer) -> int:
     return sum(len(segment.events) for segments in viewer.segments.values() for segment in segments)
 
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(200)]
