@@ -17,6 +17,7 @@ from gateway.context import CONTEXT, Context
 from gateway.settings import GatewaySettings, RealtimeSettings
 from orchestrator.database import Pool
 from orchestrator.eventlog.rabbitmq import RabbitLog
+from orchestrator.process import patiently
 from orchestrator.settings import AmqpSettings, DatabaseSettings
 from tests.integration.faults.viewer import PATIENCE, Viewer
 from tests.integration.processes.process import SECRET, Process
@@ -88,7 +89,8 @@ class Stage:
             GatewaySettings(), host="127.0.0.1", port=0, realtime=real_time, rate_limit_address="off",
             rate_limit_user="off",
         )  # fmt: skip
-        log = await RabbitLog.open(amqp or self.amqp, name="gateway")
+        # As the process does it: RabbitMQ may be away just now.
+        log = await patiently("event log", lambda: RabbitLog.open(amqp or self.amqp, name="gateway"))
         try:
             app = build(settings, TOKENS, self.pool, log, self.database)
             context = app[CONTEXT]
