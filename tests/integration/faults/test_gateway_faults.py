@@ -14,8 +14,8 @@ from tests.integration.faults.viewer import Viewer, p99, prove
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
 CHANNEL = "app:one"
-# Seconds under which a latency is never held against anybody: gateways, crowd and others share the machine's cores.
-FLOOR = 2.0
+# Seconds under which a latency is never held against anybody.
+FLOOR = 1.0
 
 
 async def test_a_gateway_that_is_killed_during_fan_out_loses_nobody_an_event(stage: Stage) -> None:
@@ -32,6 +32,7 @@ async def test_a_gateway_that_is_killed_during_fan_out_loses_nobody_an_event(sta
         began = monotonic()
         await killed.kill()
         await asyncio.gather(*(viewer.until(lambda v=viewer: v.connections == 2) for viewer in crowd))
+        rush = monotonic() - began
         ports.remove(killed.port)
         await all_have(stage.viewers, flow.sent[CHANNEL] + 20)
     await caught_up(stage.viewers, flow.sent)
@@ -40,8 +41,7 @@ async def test_a_gateway_that_is_killed_during_fan_out_loses_nobody_an_event(sta
     assert all(viewer.connections == 1 for viewer in observers)
     assert other.sockets == 1_020
     assert other.rss - memory < 64 << 20
-    disturbed = p99((pair for viewer in observers for pair in viewer.latencies), since=began)
-    assert disturbed < max(2 * undisturbed, FLOOR), (undisturbed, disturbed)
+    require_fair(observers, undisturbed, since=began, rush=rush)
     await stage.leave()
     await until(lambda: other.sockets == 0)
     assert await other.stop() == 0
@@ -62,6 +62,7 @@ async def test_two_thousand_clients_that_come_back_at_once_lose_nothing(stage: S
             for viewer in crowd:
                 viewer.cut()
             await asyncio.gather(*(viewer.until(lambda v=viewer, n=times: v.connections > n) for viewer in crowd))
+        rush = (monotonic() - began) / 2
         await all_have(stage.viewers, flow.sent[CHANNEL] + 10)
     await caught_up(stage.viewers, flow.sent)
     assert prove(stage.viewers, flow.sent) == 2_020 * flow.sent[CHANNEL]
@@ -69,11 +70,21 @@ async def test_two_thousand_clients_that_come_back_at_once_lose_nothing(stage: S
     assert all(viewer.connections == 1 for viewer in observers)
     await until(lambda: gateway.sockets == 2_020)
     assert gateway.rss - memory < 64 << 20
-    disturbed = p99((pair for viewer in observers for pair in viewer.latencies), since=began)
-    assert disturbed < max(2 * undisturbed, FLOOR), (undisturbed, disturbed)
+    require_fair(observers, undisturbed, since=began, rush=rush)
     await stage.leave()
     await until(lambda: gateway.sockets == 0)
     assert await gateway.stop() == 0
+
+
+def require_fair(observers: list[Viewer], undisturbed: float, *, since: float, rush: float) -> None:
+    """Fail when the others waited for a crowd that took `rush` seconds to come back.
+
+    Crowd, gateways and whatever else runs share the machine's cores, so that on a busy one all of that takes longer:
+    what is held against a gateway is that its events came behind the crowd, and not between.
+    """
+    disturbed = p99((pair for viewer in observers for pair in viewer.latencies), since=since)
+    print(f"p99 {undisturbed:.3f} s undisturbed, {disturbed:.3f} s while a crowd came back within {rush:.1f} s")
+    assert disturbed < max(2 * undisturbed, FLOOR, rush)
 
 
 async def all_have(viewers: list[Viewer], number: int) -> None:
