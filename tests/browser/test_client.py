@@ -55,6 +55,8 @@ async def test_a_network_that_falls_silent_is_noticed_by_asking(stage: Stage) ->
 async def test_a_server_that_is_frozen_and_thawed_loses_nothing(stage: Stage) -> None:
     app = await stage.open()
     await stage.publish(2)
+    # What still came after the question would answer it.
+    await app.has_all()
     stage.server.signal(signal.SIGSTOP)
     try:
         await app.page.evaluate("dispatchEvent(new Event('online'))")

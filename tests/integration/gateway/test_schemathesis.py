@@ -28,6 +28,8 @@ CHECKS = [
 ]  # fmt: skip
 
 
+# Not that it measures time: it takes both cores, and so long beside others that it ran into its deadline.
+@pytest.mark.alone
 @pytest.mark.random
 @pytest.mark.timeout(150)
 async def test_whatever_the_document_allows_is_answered_as_it_says(

@@ -63,7 +63,8 @@ async def test_what_comes_right_behind_the_handshake_is_not_lost(stage: Stage, s
     many = masked(b"", 0x8A) * (size // 6)
     reader, writer = await opened(stage, many + masked(b'{"action":"ping","id":"early"}') + masked(b"", 0x88), query)
     await reader.readuntil(b"\r\n\r\n")
-    rest = list(frames(await asyncio.wait_for(reader.read(), 20)))
+    # The first ping comes at any moment.
+    rest = [frame for frame in frames(await asyncio.wait_for(reader.read(), 20)) if frame[0] != 0x89]
     assert [first for first, _ in rest] == [0x81, 0x81, 0x88]
     assert b'"id":"early"' in rest[1][1]
     writer.close()

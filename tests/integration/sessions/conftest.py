@@ -23,7 +23,7 @@ from orchestrator.settings import DatabaseSettings, OrchestratorSettings
 from tests.conftest import no_task_left
 from tests.integration.sessions.staged import World
 
-DEADLINE = 10.0
+DEADLINE = 30.0
 
 
 @dataclass
@@ -107,7 +107,8 @@ class Stage:
 
     async def execute(self, statement: str, *arguments: Any) -> Any:
         async with self.pool.acquire() as connection:
-            return await connection.fetchval(statement, *arguments)
+            # Some fill large tables, beside other tests.
+            return await connection.fetchval(statement, *arguments, timeout=DEADLINE)
 
     async def fetch(self, statement: str, *arguments: Any) -> list[Any]:
         async with self.pool.acquire() as connection:
