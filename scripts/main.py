@@ -7,6 +7,7 @@ failed. Everything heavy is imported by the command that needs it, so that `--he
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -56,6 +57,15 @@ def _expected(error: Exception) -> int | None:
     return 1 if isinstance(error, ClusterCodeError | AuthError) else None
 
 
+def _nothing_to_lose() -> None:
+    """Let Ctrl-C end the process at once until it takes signals itself.
+
+    Python raises an interrupt wherever it is, and inside an import that may be in a callback which only reports it: the
+    server would start as if nobody had asked it to end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="cluster-code")
 def cli() -> None:
@@ -68,6 +78,7 @@ def cli() -> None:
 @cli.command()
 def dev() -> None:
     """Run everything in one process, on the embedded PostgreSQL."""
+    _nothing_to_lose()
     from scripts import dev
 
     dev.main(_env())
@@ -79,6 +90,7 @@ def dev() -> None:
 )
 def serve(workers: int) -> None:
     """Run one gateway."""
+    _nothing_to_lose()
     from gateway.__main__ import main as run_gateway
 
     sys.exit(run_gateway(["--workers", str(workers)]))
@@ -87,6 +99,7 @@ def serve(workers: int) -> None:
 @cli.command()
 def worker() -> None:
     """Run one orchestrator."""
+    _nothing_to_lose()
     from orchestrator.__main__ import main as run_orchestrator
 
     sys.exit(run_orchestrator())
