@@ -13,12 +13,16 @@ The gateway turns each into a problem document, the admin commands into a line.
         ├── LogUnavailable       the event log
         └── ProviderUnavailable  the place where sessions run
     ProviderFailure              the provider did answer: this session cannot run, and why
+    ApiRefused                   the Kubernetes API did answer, and refuses one request
 
 Errors of identity live beside it, in `auth.errors`. Every message is a sentence for the person who will read it: what
 was wrong, where, and what to do. None ever holds a secret.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class ClusterCodeError(Exception):
@@ -85,3 +89,27 @@ class ProviderFailure(ClusterCodeError):
 
 class HeldElsewhere(ClusterCodeError):
     """Another orchestrator runs this provider, and looks after its sessions."""
+
+
+class ApiRefused(ClusterCodeError):
+    """The Kubernetes API answered a request with an error.
+
+    `status` is HTTP's, `reason` the API's own word for it (`NotFound`, `Forbidden`, `AlreadyExists`, `Expired`, …; ""
+    when the answer had none), `retry_after` the seconds it asks to wait, `details` its `status.details`. The message is
+    the API's. What does not answer at all, or with 5xx or 429, is ProviderUnavailable.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        message: str,
+        *,
+        retry_after: float | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+        self.retry_after = retry_after
+        self.details = details or {}

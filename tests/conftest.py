@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import NoReturn
 import asyncpg
 import pytest
 import pytest_asyncio
+import structlog
 
 import migrations
 from orchestrator.database import Pool, open_pool
@@ -72,6 +73,13 @@ async def connection(pool: Pool) -> AsyncIterator[asyncpg.Connection]:
     """A connection to the test's database."""
     async with pool.acquire() as connection:
         yield connection
+
+
+@pytest.fixture(autouse=True)
+def _log_setup() -> Iterator[None]:
+    """A command that runs inside a test sets up the logging of its process, which is that of the next test, too."""
+    yield
+    structlog.reset_defaults()
 
 
 @asynccontextmanager

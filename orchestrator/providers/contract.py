@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from typing import Any, Protocol
 from uuid import UUID
 
 # Kinds whose sessions live in the process that has opened the provider: one orchestrator at a time has.
 IN_PROCESS = frozenset({"local"})
+# Kinds whose sessions a bridge looks after by watching all of them: no regular inspection asks about each.
+WATCHED = frozenset({"kubernetes"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class SessionSpec:
     # The project's environment. Never logged.
     env: Mapping[str, str]
     machine: Machine
+    # What the project says of its chart, over what its machine says (`machine_schema.ChartValuesSchema`).
+    chart_values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,8 @@ class LogLine:
     # "stdout", "stderr", or "system" for what the provider itself has to say.
     stream: str
     line: str
+    # When it was written, where its provider knows; None: now.
+    at: datetime | None = None
 
 
 # Progress of a start: `(reason, message)`, such as ("Cloning", "Cloning https://… (branch main)").

@@ -85,8 +85,15 @@ async def test_interrupted_while_it_starts_it_leaves_nothing_running(idle: Serve
     await idle.spawn()
     await asyncio.sleep(delay)  # Some point of the first start, whichever the machine has come to.
     idle.signal(signal.SIGINT)
+    try:
+        async with asyncio.timeout(10):
+            code = await idle.wait()
+    except TimeoutError:
+        # Python itself loses an interrupt that comes while it sets up its imports: people press the keys again.
+        idle.signal(signal.SIGINT)
+        code = await idle.wait()
     # Before Python has set anything up, the signal itself ends the process.
-    assert await idle.wait() in (0, 130, -signal.SIGINT, 1)
+    assert code in (0, 130, -signal.SIGINT, 1)
     await idle.until_nothing_is_left()
     await idle.start()
 

@@ -1,0 +1,1 @@
+"""One Kubernetes cluster, as its API shows it: reached, watched, and changed through Helm."""
