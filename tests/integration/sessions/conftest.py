@@ -169,7 +169,7 @@ async def stage(pool: Pool, database_settings: DatabaseSettings, world: World, t
             user_id,
         )
         provider_id = await connection.fetchval(
-            "INSERT INTO providers (name, kind, is_default) VALUES ('staged', 'kubernetes', true) RETURNING id"
+            "INSERT INTO providers (name, kind, is_default) VALUES ('staged', 'docker', true) RETURNING id"
         )
         await connection.execute(
             """INSERT INTO machine_configs (name, provider_id, is_default, cpu, services)
