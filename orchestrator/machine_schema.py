@@ -1,6 +1,6 @@
-"""What may be said about providers and machine configs, in YAML files, in the database, and to the local provider.
+"""What may be said about providers, machine configs and charts: in YAML, in the database, over REST, to a provider.
 
-One schema for all three, so that what an import accepts a start can run. Loading fills in no defaults: what is stored
+One schema for all of them, so that what is accepted a start can run. Loading fills in no defaults: what is stored
 is what was written, and a default that changes later changes for all.
 """
 
@@ -197,6 +197,96 @@ class LocalOptionsSchema(Schema):
     crashes = fields.Integer(strict=True, validate=validate.Range(1, 1000))
 
 
+def _word(what: str, **options: Any) -> fields.String:
+    """One word of printable ASCII, that no program takes for an option."""
+    plain = validate.Regexp(r"(?!-)[!-~]{1,500}\Z", error=f"must be {what}, without blanks")
+    return fields.String(validate=plain, **options)
+
+
+def _words() -> fields.List[Any]:
+    return fields.List(fields.String(validate=_text), validate=validate.Length(max=1000))
+
+
+def _amount(least: int, most: int) -> fields.Integer:
+    return fields.Integer(strict=True, validate=validate.Range(least, most))
+
+
+class KubernetesServiceSchema(Schema):
+    """One container of a session at a Kubernetes provider; what is left out is the chart's."""
+
+    image = _word("an image such as registry.example.com/name:tag")
+    pull_policy = fields.String(validate=validate.OneOf(("Always", "IfNotPresent", "Never")))
+    command = _words()
+    args = _words()
+    env = _Environment()
+    port = _amount(1, 65535)
+    path = _path()
+    ready = _path(allow_none=True)
+    cpu = _Cores()
+    memory = _Bytes()
+
+
+class KubernetesMachineOptionsSchema(Schema):
+    """The options of a machine config of a Kubernetes provider."""
+
+    chart = _word("a path, oci://… or repository/name")
+    chart_version = _word("a version")
+    values = _Json()
+
+
+class KubernetesOptionsSchema(Schema):
+    """The options of a Kubernetes provider; `orchestrator.providers.options` says what each means."""
+
+    kubeconfig = fields.String(validate=[validate.Length(min=1), _text])
+    context = fields.String(validate=[validate.Length(min=1), _text])
+    in_cluster = fields.Boolean()
+    # The value of a label.
+    instance = fields.String(validate=_NAME)
+    helm = fields.String(validate=[validate.Length(min=1), _text])
+    chart = _word("a path, oci://… or repository/name")
+    chart_version = _word("a version")
+    values = _Json()
+    base_domain = fields.String(
+        validate=validate.Regexp(
+            r"(?=.{1,200}\Z)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*\Z",
+            error="must be a domain such as sessions.example.com",
+        )
+    )
+    pod_security = fields.String(validate=validate.OneOf(("privileged", "baseline", "restricted")))
+    transient_reasons = fields.List(fields.String(validate=validate.Regexp(r"[A-Za-z]{1,100}\Z")))
+    transient_grace = _seconds()
+    progress_deadline = _seconds()
+    stop_deadline = _seconds()
+    delete_deadline = _seconds()
+    exec_deadline = _seconds()
+    request_timeout = _seconds()
+    log_streams = _amount(0, 100_000)
+
+    @validates_schema
+    def _one_way_in(self, data: dict[str, Any], **_: Any) -> None:
+        if data.get("in_cluster") and ("kubeconfig" in data or "context" in data):
+            raise ValidationError({"in_cluster": ["the service account, or a kubeconfig: not both"]})
+
+
+class _ChartServiceSchema(Schema):
+    image = _word("an image such as registry.example.com/name:tag")
+    command = _words()
+    args = _words()
+    env = _Environment()
+
+
+class _ChartServicesSchema(Schema):
+    preview = fields.Nested(_ChartServiceSchema)
+    chat = fields.Nested(_ChartServiceSchema)
+    vscode = fields.Nested(_ChartServiceSchema)
+
+
+class ChartValuesSchema(Schema):
+    """What a project may say of its chart, over what its machine config says."""
+
+    services = fields.Nested(_ChartServicesSchema)
+
+
 class ProviderSchema(Schema):
     """An entry of `providers`."""
 
@@ -208,7 +298,8 @@ class ProviderSchema(Schema):
 
     @validates_schema
     def _options_of_the_kind(self, data: dict[str, Any], **_: Any) -> None:
-        if data["kind"] == "local" and (wrong := LocalOptionsSchema().validate(data["options"])):
+        schema = _PROVIDER_OPTIONS.get(data["kind"])
+        if schema is not None and (wrong := schema().validate(data["options"])):
             raise ValidationError({"options": wrong})
         if data["default"] and not data["enabled"]:
             raise ValidationError({"default": ["a provider that is not enabled cannot be the default"]})
@@ -238,17 +329,26 @@ class MachineConfigSchema(Schema):
             raise ValidationError({"services": wrong})
 
 
+# What a kind knows of its options, of the services of its machine configs, and of their options.
+_PROVIDER_OPTIONS: dict[str, type[Schema]] = {"local": LocalOptionsSchema, "kubernetes": KubernetesOptionsSchema}
+_MACHINES: dict[str, tuple[type[Schema], type[Schema]]] = {
+    "local": (LocalServiceSchema, LocalMachineOptionsSchema),
+    "kubernetes": (KubernetesServiceSchema, KubernetesMachineOptionsSchema),
+}
+
+
 def errors_for_kind(kind: str, machine_config: Mapping[str, Any]) -> dict[str, Any]:
     """What is wrong with a loaded machine config for a provider of this kind, shaped like marshmallow's messages."""
-    if kind != "local":
+    if kind not in _MACHINES:
         return {}
+    service_schema, options_schema = _MACHINES[kind]
     errors: dict[str, Any] = {}
-    schema = LocalServiceSchema()
+    schema = service_schema()
     if services := {
         name: wrong for name, service in machine_config["services"].items() if (wrong := schema.validate(service))
     }:
         errors["services"] = services
-    if options := LocalMachineOptionsSchema().validate(machine_config["options"]):
+    if options := options_schema().validate(machine_config["options"]):
         errors["options"] = options
     return errors
 

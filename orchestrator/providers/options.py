@@ -1,4 +1,4 @@
-"""The options of a local provider, with their units and reasons."""
+"""The options of providers, with their units and reasons."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from marshmallow import ValidationError
+from marshmallow import Schema, ValidationError
 
 from orchestrator.errors import SettingsError
-from orchestrator.machine_schema import LocalOptionsSchema, flatten
+from orchestrator.machine_schema import KubernetesOptionsSchema, LocalOptionsSchema, flatten
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,64 @@ class LocalOptions:
     @classmethod
     def load(cls, options: Mapping[str, Any], *, provider: str = "local") -> LocalOptions:
         """Raises SettingsError, one line that names what is wrong."""
-        try:
-            loaded = LocalOptionsSchema().load(dict(options))
-        except ValidationError as error:
-            wrong = "; ".join(flatten(error.messages, "options"))
-            raise SettingsError(f"The provider {provider!r}: {wrong}.") from error
+        loaded = _checked(LocalOptionsSchema(), options, provider)
         if "repo_schemes" in loaded:
             loaded["repo_schemes"] = tuple(loaded["repo_schemes"])
         return cls(**loaded)
+
+
+@dataclass(frozen=True, slots=True)
+class KubernetesOptions:
+    """One cluster, and how sessions run there. All times are in seconds."""
+
+    # The way in: a file, and which of its contexts (None: its current one). Without any of the three: the service
+    # account where there is one, else KUBECONFIG, else ~/.kube/config.
+    kubeconfig: str | None = None
+    context: str | None = None
+    in_cluster: bool | None = None
+    # Which objects are ours: two installations of Cluster Code that share a cluster must differ here.
+    instance: str = "cluster-code"
+    # The program; None: the one beside our own Python, or in PATH.
+    helm: str | None = None
+    # Of sessions: a directory, `oci://…` or `repository/name`; None: charts/dev-session-template. A machine config may
+    # name another.
+    chart: str | None = None
+    # Of a chart that is no directory; None: the newest.
+    chart_version: str | None = None
+    # Over the chart's own, and under what machine configs and projects say.
+    values: Mapping[str, Any] = field(default_factory=dict)
+    # Sessions get an Ingress at `<project's UUID>.<base_domain>`; None: none, unless `values` turn it on.
+    base_domain: str | None = None
+    # What namespaces enforce, where the cluster knows pod security admission.
+    pod_security: str = "baseline"
+    # Reasons of events and of waiting containers that a cluster gets over by itself, given time: that of an autoscaler
+    # to bring a node, for instance. They fail a session only after the grace.
+    transient_reasons: tuple[str, ...] = ("FailedScheduling",)
+    transient_grace: float = 120.0
+    # A rollout that makes no progress for so long has failed.
+    progress_deadline: float = 300.0
+    # When a stop or a delete still hangs after so long, what holds it is told, and it is tried again.
+    stop_deadline: float = 120.0
+    delete_deadline: float = 120.0
+    exec_deadline: float = 60.0
+    # For one answer of the API; watches have deadlines of their own.
+    request_timeout: float = 15.0
+    # Containers whose output is followed at once, at most.
+    log_streams: int = 200
+
+    @classmethod
+    def load(cls, options: Mapping[str, Any], *, provider: str = "kubernetes") -> KubernetesOptions:
+        """Raises SettingsError, one line that names what is wrong."""
+        loaded = _checked(KubernetesOptionsSchema(), options, provider)
+        if "transient_reasons" in loaded:
+            loaded["transient_reasons"] = tuple(loaded["transient_reasons"])
+        return cls(**loaded)
+
+
+def _checked(schema: Schema, options: Mapping[str, Any], provider: str) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = schema.load(dict(options))
+    except ValidationError as error:
+        wrong = "; ".join(flatten(error.messages, "options"))
+        raise SettingsError(f"The provider {provider!r}: {wrong}.") from error
+    return loaded

@@ -8,7 +8,7 @@ from marshmallow import ValidationError
 
 from orchestrator import machines
 from orchestrator.errors import Invalid
-from orchestrator.machine_schema import errors_for_kind, flatten, parse_bytes, parse_cores
+from orchestrator.machine_schema import ChartValuesSchema, errors_for_kind, flatten, parse_bytes, parse_cores
 from orchestrator.machines import Change, MachineConfig, ProviderRow, pick, read_file, read_text
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -96,7 +96,7 @@ def test_services_are_held_to_what_their_provider_knows() -> None:
               chat: {command: [[a], []], env: {1x: y, A: 5}}
               vscode: {command: ["", x], image: x}
             options: {cpu_seconds: 0}
-          - {name: b, provider: cluster, services: {preview: {image: x}}, options: {anything: 1}}
+          - {name: b, provider: cluster, services: {preview: {image: x, optional: true}}, options: {anything: 1}}
           - {name: c, provider: elsewhere, services: {preview: {image: x}}}
         """
     )[1:] == [
@@ -110,7 +110,54 @@ def test_services_are_held_to_what_their_provider_knows() -> None:
         "machine_configs[0].services.vscode.command: must begin with the name of a program",
         "machine_configs[0].services.vscode.image: Unknown field.",
         "machine_configs[0].options.cpu_seconds: Must be greater than or equal to 1.",
+        "machine_configs[1].services.preview.optional: Unknown field.",
+        "machine_configs[1].options.anything: Unknown field.",
     ]
+
+
+def test_a_cluster_is_described_in_its_own_words() -> None:
+    read_text(
+        """
+        providers:
+          - name: cluster
+            kind: kubernetes
+            options: {kubeconfig: /etc/kubeconfig, context: east, base_domain: dev.example.com, log_streams: 0}
+        machine_configs:
+          - name: large
+            provider: cluster
+            cpu: 500m
+            services: {preview: {image: "example.com/node:22", command: [sh], args: [-c, run], env: {A: b}, ready: /}}
+            options: {chart: "oci://example.com/charts/session", chart_version: 1.2.3, values: {storage: {size: 1Gi}}}
+        """,
+        source="file.yaml",
+    )
+    assert errors(
+        """
+        providers:
+          - {name: a, kind: kubernetes, options: {base_domain: "a`b", chart: --post-renderer=x}}
+          - {name: b, kind: kubernetes, options: {context: a, in_cluster: true}}
+        """
+    )[1:] == [
+        "providers[0].options.chart: must be a path, oci://… or repository/name, without blanks",
+        "providers[0].options.base_domain: must be a domain such as sessions.example.com",
+        "providers[1].options.in_cluster: the service account, or a kubeconfig: not both",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        ({}, []),
+        ({"services": {"chat": {"image": "a/b:1", "command": ["sh"], "args": [], "env": {"A": "b"}}}}, []),
+        ({"services": {"web": {}}}, ["services.web: Unknown field."]),
+        ({"services": {"chat": {"port": 1}}}, ["services.chat.port: Unknown field."]),
+        ({"storage": {}}, ["storage: Unknown field."]),
+        ({"services": {"chat": {"image": "--x"}}}, [
+            "services.chat.image: must be an image such as registry.example.com/name:tag, without blanks"]),
+    ],
+)  # fmt: skip
+def test_a_project_says_little_of_its_chart(values: dict[str, Any], wrong: list[str]) -> None:
+    assert flatten(ChartValuesSchema().validate(values)) == wrong
 
 
 def test_what_execve_cannot_take_is_refused() -> None:
