@@ -13,6 +13,7 @@ The gateway turns each into a problem document, the admin commands into a line.
         ├── LogUnavailable       the event log
         └── ProviderUnavailable  the place where sessions run
     ProviderFailure              the provider did answer: this session cannot run, and why
+    └── RolledBack               …but what ran before runs again (`providers.contract`)
     ApiRefused                   the Kubernetes API did answer, and refuses one request
 
 Errors of identity live beside it, in `auth.errors`. Every message is a sentence for the person who will read it: what

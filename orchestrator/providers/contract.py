@@ -14,6 +14,8 @@ from enum import StrEnum
 from typing import Any, Protocol
 from uuid import UUID
 
+from orchestrator.errors import ProviderFailure
+
 # Kinds whose sessions live in the process that has opened the provider: one orchestrator at a time has.
 IN_PROCESS = frozenset({"local"})
 # Kinds whose sessions a bridge looks after by watching all of them: no regular inspection asks about each.
@@ -76,6 +78,14 @@ class Endpoints:
     vscode: Endpoint | None = None
 
 
+class RolledBack(ProviderFailure):
+    """A start could not run what it was asked to, and what ran before runs again, at `endpoints`."""
+
+    def __init__(self, message: str, endpoints: Endpoints) -> None:
+        super().__init__("RolledBack", message)
+        self.endpoints = endpoints
+
+
 class State(StrEnum):
     """What a provider sees of a session."""
 
@@ -125,7 +135,8 @@ class Provider(Protocol):
     async def start(self, spec: SessionSpec, report: Report) -> Endpoints:
         """Make the session run and be ready; returns where it is reached.
 
-        A session that already runs from the same spec is left alone. Raises ProviderFailure, ProviderUnavailable.
+        A session that already runs from the same spec is left alone. Raises ProviderFailure, ProviderUnavailable, and
+        RolledBack where a provider can go back to what ran before.
         """
         ...
 

@@ -14,7 +14,15 @@ import structlog
 
 from orchestrator.database import UNAVAILABLE, Pool, backoff
 from orchestrator.errors import HeldElsewhere, ProviderFailure, ProviderUnavailable
-from orchestrator.providers.contract import Machine, Observation, Provider, SessionRef, SessionSpec
+from orchestrator.providers.contract import (
+    Endpoints,
+    Machine,
+    Observation,
+    Provider,
+    RolledBack,
+    SessionRef,
+    SessionSpec,
+)
 from orchestrator.sessions import leases
 from orchestrator.sessions.record import After, Session, endpoint_columns, statuses
 from orchestrator.sessions.state import MAX_ATTEMPTS, READY, Status, Step, classify, decide, judge
@@ -116,6 +124,9 @@ def observed(session: Session, observation: Observation, start_deadline: float) 
         return {}
     changes: Changes = {"status": verdict.status.value, "reason": verdict.reason, "message": verdict.message}
     if verdict.status is Status.RUNNING:
+        if session.status == Status.RUNNING and not session.stale:
+            # It stays what it is, whatever it was told to be running with: `RolledBack`, for instance.
+            changes = {}
         return changes | endpoint_columns(observation.endpoints) | {"start_deadline_at": None}
     if verdict.status is Status.STARTING:
         armed = session.start_deadline_at is not None
@@ -154,9 +165,14 @@ async def _start(session: Session, provider: Provider, pool: Pool, deadline: flo
         if not timer.expired():
             raise
         raise _too_late(deadline, heard or session.message) from None
-    return done(
-        session, status=READY.status.value, reason=READY.reason, message=READY.message, **endpoint_columns(endpoints)
-    )
+    except RolledBack as back:
+        log.warning("start rolled back", session=session.id, error=str(back))
+        return _running(session, back.reason, str(back), back.endpoints)
+    return _running(session, READY.reason, READY.message, endpoints)
+
+
+def _running(session: Session, reason: str, message: str, endpoints: Endpoints) -> Changes:
+    return done(session, status=READY.status.value, reason=reason, message=message, **endpoint_columns(endpoints))
 
 
 def _too_late(deadline: float, heard: str) -> ProviderFailure:

@@ -7,10 +7,10 @@ import asyncio
 import orjson
 
 from orchestrator.errors import ProviderFailure
-from orchestrator.providers.contract import Observation, State
+from orchestrator.providers.contract import Observation, RolledBack, SessionRef, State
 from orchestrator.sessions import store
 from tests.integration.sessions.conftest import Stage, until
-from tests.integration.sessions.staged import Gate, failing
+from tests.integration.sessions.staged import Gate, endpoints_of, failing
 
 
 async def test_a_new_session_is_started_and_each_change_is_told_once(stage: Stage) -> None:
@@ -143,6 +143,24 @@ async def test_a_session_that_cannot_start_says_why_and_leaves_nothing_running(s
     assert (failed.reason, failed.message) == ("CloneFailed", "There is no branch� 'x'.")
     assert stage.world.called("stop") == 1
     assert not failed.outstanding
+
+
+async def test_what_was_rolled_back_runs_and_goes_on_saying_why(stage: Stage) -> None:
+    session = await stage.create()
+
+    async def rolls_back(ref: SessionRef) -> None:
+        stage.world.states[ref.session_id] = Observation(State.RUNNING, endpoints=endpoints_of(ref.session_id))
+        raise RolledBack("The image does not exist; it runs as before.", endpoints_of(ref.session_id))
+
+    stage.world.hooks["start"] = rolls_back
+    async with stage.running(resync_interval=0.02):
+        running = await stage.until(session, "running")
+        seen = stage.world.called("inspect")
+        await until(lambda: _returns(stage.world.called("inspect") >= seen + 3))
+        assert await stage.get(session) == running
+    assert (running.reason, running.message) == ("RolledBack", "The image does not exist; it runs as before.")
+    assert running.preview_url == endpoints_of(session.id).preview.url  # type: ignore[union-attr]
+    assert stage.world.called("start") == 1
 
 
 async def test_a_failed_session_can_be_started_again(stage: Stage) -> None:
