@@ -60,6 +60,10 @@ class Metrics:
                 self._children[key] = child
         child.observe(seconds)
 
+    def include(self, readings: Collector) -> None:
+        """Tell also what another part of this process counts."""
+        self._registry.register(readings)
+
     async def render(self) -> bytes:
         """The text format, version 0.0.4."""
         await self._readings.refresh()

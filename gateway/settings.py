@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from orchestrator.settings import positive, repo_schemes, variable
+from orchestrator.settings import metrics_token, positive, repo_schemes, variable
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +113,7 @@ class GatewaySettings:
         "ADOPT_PROJECTS", "bool", True, help="Whether an unknown project UUID becomes a project of the caller's."
     )
     repo_schemes: list[str] = repo_schemes()
-    metrics_token: str = variable(
-        "METRICS_TOKEN", "str", "", help="Bearer token that /metrics asks for; empty: none.", secret=True
-    )
+    metrics_token: str = metrics_token()
     # Seconds after the first signal until what still runs is cancelled.
     shutdown_grace: float = variable(
         "SHUTDOWN_GRACE", "float", 10.0, help="Seconds that requests and connections get to end.", check=positive

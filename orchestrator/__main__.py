@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING
 
 from orchestrator import process
 from orchestrator.eventlog.rabbitmq import RabbitLog
+from orchestrator.probes import Probes
 from orchestrator.process import Signals
 from orchestrator.providers.registry import open_provider
 from orchestrator.run import Orchestrator
-from orchestrator.settings import AmqpSettings, DatabaseSettings, OrchestratorSettings, RepositorySettings, load
+from orchestrator.settings import (
+    AmqpSettings,
+    DatabaseSettings,
+    OrchestratorSettings,
+    ProbeSettings,
+    RepositorySettings,
+    load,
+)
 
 if TYPE_CHECKING:
     from environs import Env
@@ -32,11 +40,13 @@ async def _work(env: Env, signals: Signals) -> int:
     amqp, database = load(AmqpSettings, env), load(DatabaseSettings, env)
     schemes = load(RepositorySettings, env).schemes
     name = f"cluster-code orchestrator {socket.gethostname()}"
+    probes = Probes(load(ProbeSettings, env))
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(process.pool(database, name=name))
-        events = await process.patiently("event log", lambda: RabbitLog.open(amqp, name=name))
+        await stack.enter_async_context(probes.listening())
+        pool = probes.pool = await stack.enter_async_context(process.pool(database, name=name))
+        events = probes.log = await process.patiently("event log", lambda: RabbitLog.open(amqp, name=name))
         stack.push_async_callback(events.close)
-        orchestrator = Orchestrator(
+        orchestrator = probes.orchestrator = Orchestrator(
             settings=settings,
             database_settings=database,
             pool=pool,

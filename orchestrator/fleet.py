@@ -129,6 +129,14 @@ class Fleet:
         """The providers that another orchestrator has open alone."""
         return [provider_id for provider_id, member in self._members.items() if member.elsewhere]
 
+    def states(self) -> list[tuple[str, str, str]]:
+        """`(name, kind, state)` of each that this orchestrator looks after, as it was found at the last check."""
+        return [
+            (member.config.name, member.config.kind, member.told[0] if member.told else "unknown")
+            for member in self._members.values()
+            if member.config.enabled and not member.elsewhere
+        ]
+
     async def look(self) -> None:
         """Take what another orchestrator has let go of, and let go of what it has taken."""
         async with self._refreshing:

@@ -70,7 +70,14 @@ class LogWriter:
         self._unfinished: _Batch | None = None
         # Lines stored for a session since it was last pruned.
         self._since_pruned: dict[int, int] = {}
+        # Lines so far.
+        self.written = 0
         self.dropped = 0
+
+    @property
+    def waiting(self) -> int:
+        """Lines that wait to be stored."""
+        return len(self._waiting)
 
     def sink(self, line: LogLine) -> None:
         """Take a line, from the event loop's thread; returns at once."""
@@ -147,6 +154,7 @@ class LogWriter:
                     batch.events = [_event(line) for line in await self._store(batch.lines)]
                 if batch.events:
                     await self._event_log.publish(batch.events)
+                self.written += len(batch.events)
                 return
             except _AWAY as error:
                 failures += 1

@@ -13,9 +13,11 @@ from orchestrator import events, fleet
 from orchestrator.database import UNAVAILABLE, Pool, Wakeup, backoff, guard, leadership, listen, require_schema
 from orchestrator.eventlog import dead_letters, outbox
 from orchestrator.eventlog.contract import EventLog, Exchange
+from orchestrator.eventlog.relay import Relaying
 from orchestrator.fleet import Fleet, OpenProvider
 from orchestrator.holds import Holds
 from orchestrator.logs import LogWriter
+from orchestrator.metrics import Readings
 from orchestrator.sessions import leases
 from orchestrator.sessions.culling import cull
 from orchestrator.sessions.observe import Observer
@@ -32,6 +34,8 @@ LEADER_KEY = 0x75706B656570
 CULL_INTERVAL = 60.0
 # Seconds that the last lines of output get to be stored at the end.
 FLUSH_DEADLINE = 5.0
+# Seconds that one turn of a loop may take, beside its wait: opening and closing providers takes long.
+TURN_DEADLINE = 120.0
 
 
 class Orchestrator:
@@ -82,6 +86,21 @@ class Orchestrator:
         self._reconciler = Reconciler(settings, pool, self._work, self._fleet.find, lambda: self._fleet.elsewhere)
         self._culled_at: float | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        relays = {"outbox": Relaying()} | ({"dead letters": Relaying()} if exchange is not None else {})
+        self._relays = relays
+        # When each of these loops is to have come round again (monotonic).
+        self._due: dict[str, float] = {}
+        self.metrics = Readings(self._reconciler, self._logs, self._fleet, relays)
+
+    @property
+    def running(self) -> bool:
+        """Whether it works: it is neither about to begin nor to end."""
+        return bool(self._tasks)
+
+    def stalled(self) -> list[str]:
+        """The loops that hang, by name: they should have come round long ago, whatever is away."""
+        now = monotonic()
+        return [name for name, due in self._due.items() if now > due]
 
     async def run(self) -> None:
         """Work until cancelled.
@@ -118,22 +137,37 @@ class Orchestrator:
         poll = self._settings.poll_interval
         roots: dict[str, Coroutine[Any, Any, None]] = {
             "listen": listen(self._database_settings, wakeups),
-            "outbox relay": outbox.relay(self._database_settings, self._event_log, self._outbox, poll),
+            "outbox relay": outbox.relay(
+                self._database_settings, self._event_log, self._outbox, poll, self._relays["outbox"]
+            ),
             "session output": self._logs.run(),
-            "reconcile": guard("reconcile", self._reconciler.iterate),
+            "reconcile": guard("reconcile", self._watched("reconcile", self._reconciler.iterate, poll)),
             "upkeep": guard("upkeep", self._lead_upkeep),
             "own upkeep": guard("own upkeep", self._look_after_own),
-            "providers": guard("providers", self._look_after_providers),
+            "providers": guard(
+                "providers", self._watched("providers", self._look_after_providers, fleet.CHECK_INTERVAL)
+            ),
             "holds": guard("holds", self._look_for_providers),
         }
         if self._exchange is not None:
             roots["dead letters"] = dead_letters.relay(
-                self._database_settings, self._exchange, self._dead_letters, poll
+                self._database_settings, self._exchange, self._dead_letters, poll, self._relays["dead letters"]
             )
             roots["user sync"] = self._exchange.consume(
                 events.USERS_QUEUE, [events.USER_MESSAGES], UserSync(self._pool).handle
             )
         return roots
+
+    def _watched(
+        self, name: str, iteration: Callable[[], Awaitable[None]], wait: float
+    ) -> Callable[[], Awaitable[None]]:
+        """An iteration that `stalled` hears of when it takes longer than `wait` (seconds) and what a turn may take."""
+
+        async def watched() -> None:
+            self._due[name] = monotonic() + wait + TURN_DEADLINE
+            await iteration()
+
+        return watched
 
     def _look_anew(self) -> None:
         """Providers were opened or closed: what ran at them may be gone, and what is due may be ours now."""

@@ -104,6 +104,11 @@ def repo_schemes() -> Any:
     )
 
 
+def metrics_token() -> Any:
+    """A field of whoever serves `/metrics`."""
+    return variable("METRICS_TOKEN", "str", "", help="Bearer token that /metrics asks for; empty: none.", secret=True)
+
+
 @dataclass(frozen=True, slots=True)
 class RepositorySettings:
     """What a repository may be."""
@@ -219,3 +224,26 @@ class OrchestratorSettings:
         help="Seconds that messages which nobody could use are listed.",
         check=positive,
     )
+
+
+def _port_or_off(value: str) -> str | None:
+    if value == "off" or (value.isascii() and value.isdecimal() and int(value) <= 65535):
+        return None
+    return f"must be 0 to 65535, or off, not {value!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSettings:
+    """Where an orchestrator answers probes and Prometheus."""
+
+    host: str = variable(
+        "ORCHESTRATOR_HOST", "str", "127.0.0.1", help="Address of an orchestrator's /health, /ready and /metrics."
+    )
+    port: str = variable(
+        "ORCHESTRATOR_PORT",
+        "str",
+        "8081",
+        help="Their port; 0: any that is free, off: none. In `cluster-code dev` all of it is the gateway's.",
+        check=_port_or_off,
+    )
+    metrics_token: str = metrics_token()

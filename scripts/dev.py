@@ -27,6 +27,7 @@ import migrations
 from auth import accounts, passwords
 from auth.errors import Taken
 from gateway import app as gateway
+from gateway.metrics import METRICS
 from gateway.ratelimit import Limits
 from gateway.settings import GatewaySettings, RealtimeSettings
 from gateway.token_settings import token_settings
@@ -122,6 +123,7 @@ async def _main(env: Env, settings: Settings) -> None:
         )
         parts.append(await stack.enter_async_context(running(orchestrator.run(), "orchestrator")))
         app = gateway.build(settings.gateway, tokens, pool, events, database)
+        app[METRICS].include(orchestrator.metrics)
         port = await stack.enter_async_context(gateway.listening(app, settings.gateway))
         url = f"http://{_shown(settings.gateway.host)}:{port}"
         stack.enter_context(instance.announce(url, None if settings.database else database.url))

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 from gateway.settings import GatewaySettings, RealtimeSettings
 from gateway.token_settings import TokenVariables
 from orchestrator.log_setup import LogSettings
-from orchestrator.settings import AmqpSettings, DatabaseSettings, OrchestratorSettings, Variable, variables
+from orchestrator.settings import (
+    AmqpSettings,
+    DatabaseSettings,
+    OrchestratorSettings,
+    ProbeSettings,
+    Variable,
+    variables,
+)
 from scripts.settings import DevSettings
 
 if TYPE_CHECKING:
@@ -24,6 +31,7 @@ SECTIONS: tuple[tuple[str, type], ...] = (
     ("Database", DatabaseSettings),
     ("Event log", AmqpSettings),
     ("Orchestrator", OrchestratorSettings),
+    ("Orchestrator", ProbeSettings),
     ("Logs", LogSettings),
     ("`cluster-code dev`", DevSettings),
 )
@@ -49,9 +57,13 @@ class Entry:
 
 
 def entries() -> Iterator[Entry]:
-    """All of them, in order."""
+    """All of them, in order, each once: where it stands first."""
+    seen = set()
     for section, settings in SECTIONS:
         for declared, default in variables(settings):
+            if declared.name in seen:
+                continue
+            seen.add(declared.name)
             yield Entry(
                 section, declared.name, _written(default), _STAND_INS.get(declared.name, ""), _sentence(declared)
             )

@@ -19,6 +19,7 @@ import structlog
 
 from orchestrator.database import Connection, Pool, Wakeup, guard
 from orchestrator.eventlog.contract import DeadLetter, Entry, Exchange
+from orchestrator.eventlog.relay import Relaying
 from orchestrator.eventlog.relay import relay as relay_rows
 from orchestrator.settings import DatabaseSettings
 from orchestrator.text import clean
@@ -110,13 +111,19 @@ async def write(connection: Connection, letters: Sequence[tuple[str, Entry]]) ->
     )
 
 
-async def relay(settings: DatabaseSettings, exchange: Exchange, wakeup: Wakeup, poll_interval: float) -> None:
+async def relay(
+    settings: DatabaseSettings,
+    exchange: Exchange,
+    wakeup: Wakeup,
+    poll_interval: float,
+    relaying: Relaying | None = None,
+) -> None:
     """Carry them into RabbitMQ, for ever, whenever this process leads. `wakeup`: NOTIFY on `dead_letters`."""
 
     async def carry(connection: Connection) -> int:
         return await relay_batch(connection, exchange)
 
-    await relay_rows("dead letters", settings, LEADER_KEY, carry, wakeup, poll_interval)
+    await relay_rows("dead letters", settings, LEADER_KEY, carry, wakeup, poll_interval, relaying or Relaying())
 
 
 async def relay_batch(connection: Connection, exchange: Exchange) -> int:

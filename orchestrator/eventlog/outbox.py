@@ -12,6 +12,7 @@ import orjson
 
 from orchestrator.database import Connection, Wakeup
 from orchestrator.eventlog.contract import EventLog
+from orchestrator.eventlog.relay import Relaying
 from orchestrator.eventlog.relay import relay as relay_rows
 from orchestrator.events import Event
 from orchestrator.settings import DatabaseSettings
@@ -43,7 +44,13 @@ async def add(connection: asyncpg.Connection, *events: Event) -> None:
 
 
 async def relay(
-    settings: DatabaseSettings, event_log: EventLog, wakeup: Wakeup, poll_interval: float, *, batch: int = _BATCH
+    settings: DatabaseSettings,
+    event_log: EventLog,
+    wakeup: Wakeup,
+    poll_interval: float,
+    relaying: Relaying | None = None,
+    *,
+    batch: int = _BATCH,
 ) -> None:
     """Carry the outbox into the log, for ever, whenever this process leads.
 
@@ -55,7 +62,7 @@ async def relay(
     async def carry(connection: Connection) -> int:
         return await relay_batch(connection, event_log, limit=batch, timeout=settings.timeout)
 
-    await relay_rows("outbox", settings, LEADER_KEY, carry, wakeup, poll_interval)
+    await relay_rows("outbox", settings, LEADER_KEY, carry, wakeup, poll_interval, relaying or Relaying())
 
 
 async def relay_batch(

@@ -17,6 +17,7 @@ from orchestrator.settings import (
     AmqpSettings,
     DatabaseSettings,
     OrchestratorSettings,
+    ProbeSettings,
     environment,
     load,
     positive,
@@ -128,7 +129,7 @@ def test_every_settings_class_is_in_the_reference() -> None:
     classes = {settings for _, settings in reference.SECTIONS}
     assert classes == {
         *(GatewaySettings, RealtimeSettings, TokenVariables, LogSettings),
-        *(AmqpSettings, DatabaseSettings, OrchestratorSettings, DevSettings),
+        *(AmqpSettings, DatabaseSettings, OrchestratorSettings, ProbeSettings, DevSettings),
     }
     names = [entry.name for entry in reference.entries()]
     assert len(names) == len(set(names))

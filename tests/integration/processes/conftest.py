@@ -22,7 +22,9 @@ async def made(tmp_path: Path) -> AsyncIterator[Make]:
 
     def make(module: str, *arguments: str, **environment: str) -> Process:
         (port,) = free_ports(1)
-        process = Process(folder, module, *arguments, **{"PORT": str(port), **environment})
+        process = Process(
+            folder, module, *arguments, **{"PORT": str(port), "ORCHESTRATOR_PORT": str(port), **environment}
+        )
         processes.append(process)
         return process
 

@@ -28,7 +28,8 @@ class Process:
         self.output.touch()
         self.environment = {
             **{name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "AMQP_URL")},
-            "HOST": "127.0.0.1", "JWT_SECRET": SECRET, "LOG_FORMAT": "json", "DATABASE_TIMEOUT": "5", **environment,
+            "HOST": "127.0.0.1", "JWT_SECRET": SECRET, "LOG_FORMAT": "json", "DATABASE_TIMEOUT": "5",
+            "ORCHESTRATOR_PORT": "off", **environment,
         }  # fmt: skip
         self._command = [sys.executable, "-m", module, *arguments]
         self._process: asyncio.subprocess.Process | None = None
