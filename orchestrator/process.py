@@ -85,7 +85,11 @@ def run(name: str, work: Work) -> int:
 
     try:
         log_setup.configure(env)
-        return uvloop.run(main())
+        code = uvloop.run(main())
+        # All is done: a signal that comes now changes nothing about how it ended.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        return code
     except (SettingsError, SchemaOutdated) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
