@@ -20,7 +20,7 @@ SESSION = "cluster-code.io/session"
 PROJECT = "cluster-code.io/project"
 
 
-class _Object(msgspec.Struct, rename="camel", frozen=True, gc=False):
+class _Object(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_defaults=True):
     """Never part of a reference cycle, so that the garbage collector need not look at hundreds of thousands."""
 
 
