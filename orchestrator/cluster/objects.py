@@ -48,6 +48,12 @@ class Meta(_Object, frozen=True):
     owner_references: list[Owner] = []
 
 
+class Partial(_Object, frozen=True):
+    """Any object, of which only the metadata counts: meta/v1 PartialObjectMetadata."""
+
+    metadata: Meta = Meta()
+
+
 class Condition(_Object, frozen=True):
     """One of `status.conditions`."""
 
