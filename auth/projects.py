@@ -18,7 +18,8 @@ from auth.names import clean
 from auth.permissions import Identity, Role
 from auth.tenants import to_role
 
-_PROJECT = "p.id, p.uuid, p.workspace_id, p.name, p.repo_url, p.branch, p.env, p.created_by, p.created_at, p.updated_at"
+_PROJECT = """p.id, p.uuid, p.workspace_id, p.name, p.repo_url, p.branch, p.env, p.chart_values, p.created_by, p.created_at,
+              p.updated_at"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Project:
     repo_url: str | None
     branch: str | None
     env: Mapping[str, str]
+    # As `orchestrator.machine_schema.ChartValuesSchema` takes them.
+    chart_values: Mapping[str, Any]
     # None: that user is gone.
     created_by: int | None
     created_at: datetime
@@ -45,6 +48,7 @@ class ProjectChanges(TypedDict, total=False):
     repo_url: str | None
     branch: str | None
     env: Mapping[str, str]
+    chart_values: Mapping[str, Any]
 
 
 async def with_role(
@@ -103,6 +107,7 @@ async def create(
     repo_url: str | None = None,
     branch: str | None = None,
     env: Mapping[str, str] | None = None,
+    chart_values: Mapping[str, Any] | None = None,
     created_by: int | None = None,
     uuid: UUID | None = None,
 ) -> Project:
@@ -116,8 +121,8 @@ async def create(
         if await connection.fetchval("SELECT id FROM workspaces WHERE id = $1 FOR KEY SHARE", workspace_id) is None:
             raise NotVisible("There is no such workspace.")
         row = await connection.fetchrow(
-            f"""INSERT INTO projects AS p (uuid, workspace_id, name, repo_url, branch, env, created_by)
-                VALUES (coalesce($1, gen_random_uuid()), $2, $3, $4, $5, $6, $7)
+            f"""INSERT INTO projects AS p (uuid, workspace_id, name, repo_url, branch, env, chart_values, created_by)
+                VALUES (coalesce($1, gen_random_uuid()), $2, $3, $4, $5, $6, $7, $8)
                 ON CONFLICT (uuid) DO NOTHING RETURNING {_PROJECT}""",  # noqa: S608  A constant.
             uuid,
             workspace_id,
@@ -125,6 +130,7 @@ async def create(
             repo_url,
             branch,
             dict(env or {}),
+            dict(chart_values or {}),
             created_by,
         )
     if row is None:
@@ -165,13 +171,14 @@ async def update(connection: asyncpg.Connection, project_id: int, **changes: Unp
         )
         project = replace(_found(row), **changes)
         row = await connection.fetchrow(
-            f"""UPDATE projects p SET name = $2, repo_url = $3, branch = $4, env = $5, updated_at = now()
+            f"""UPDATE projects p SET name = $2, repo_url = $3, branch = $4, env = $5, chart_values = $6, updated_at = now()
                  WHERE id = $1 RETURNING {_PROJECT}""",  # noqa: S608  A constant.
             project_id,
             project.name,
             project.repo_url,
             project.branch,
             dict(project.env),
+            dict(project.chart_values),
         )
         return _project(row)
 

@@ -268,23 +268,28 @@ class KubernetesOptionsSchema(Schema):
             raise ValidationError({"in_cluster": ["the service account, or a kubeconfig: not both"]})
 
 
-class _ChartServiceSchema(Schema):
-    image = _word("an image such as registry.example.com/name:tag")
+class ChartServiceSchema(Schema):
+    """What a project may say of one container."""
+
+    # The same pattern as OpenAPI can have it: without lookahead and Python's own anchor.
+    image = _word("an image such as registry.example.com/name:tag", metadata={"pattern": "^[!-,.-~][!-~]{0,499}$"})
     command = _words()
     args = _words()
-    env = _Environment()
+    env = _Environment(metadata={"type": "object", "additionalProperties": {"type": "string"}})
 
 
-class _ChartServicesSchema(Schema):
-    preview = fields.Nested(_ChartServiceSchema)
-    chat = fields.Nested(_ChartServiceSchema)
-    vscode = fields.Nested(_ChartServiceSchema)
+class ChartServicesSchema(Schema):
+    """The containers that a session has."""
+
+    preview = fields.Nested(ChartServiceSchema)
+    chat = fields.Nested(ChartServiceSchema)
+    vscode = fields.Nested(ChartServiceSchema)
 
 
 class ChartValuesSchema(Schema):
     """What a project may say of its chart, over what its machine config says."""
 
-    services = fields.Nested(_ChartServicesSchema)
+    services = fields.Nested(ChartServicesSchema)
 
 
 class ProviderSchema(Schema):

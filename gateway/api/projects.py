@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 from aiohttp import web
 from marshmallow import Schema, ValidationError, fields, validate
 
@@ -25,10 +26,13 @@ from gateway.fields import (
 )
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation, page
 from gateway.repository import check_branch, check_repo_url, without_secrets
+from orchestrator.machine_schema import ChartValuesSchema
 
 # Bytes: what Linux takes for one variable is 128 KiB, and for all of them and the arguments 2 MiB.
 _LONGEST_VALUE = 32 << 10
 _LARGEST_ENVIRONMENT = 256 << 10
+# A release keeps all its values in one Secret, which takes 1 MiB.
+_LARGEST_CHART_VALUES = 64 << 10
 
 
 def _value_fits(value: str) -> None:
@@ -53,6 +57,21 @@ def _env(**kwargs: Any) -> fields.Dict:
     )
 
 
+def _chart_fits(values: dict[str, Any]) -> None:
+    if len(orjson.dumps(values)) > _LARGEST_CHART_VALUES:
+        raise ValidationError(f"Longer than {_LARGEST_CHART_VALUES} bytes of JSON.")
+
+
+def _chart_values() -> fields.Nested:
+    return fields.Nested(
+        ChartValuesSchema,
+        validate=_chart_fits,
+        metadata={
+            "description": "For sessions on Kubernetes: what of a container is otherwise than its machine config has it."
+        },
+    )
+
+
 class NewProject(Schema):
     """A project to be made."""
 
@@ -61,6 +80,7 @@ class NewProject(Schema):
     repo_url = Text(most=2048, allow_none=True)
     branch = Text(most=200, allow_none=True)
     env = _env()
+    chart_values = _chart_values()
     uuid = Uuid(metadata={"description": "For projects that another service owns; else a random one."})
 
 
@@ -71,10 +91,11 @@ class ProjectChanges(Schema):
     repo_url = Text(most=2048, allow_none=True)
     branch = Text(most=200, allow_none=True)
     env = _env()
+    chart_values = _chart_values()
 
 
 class Project(Schema):
-    """A project. `env` is null for viewers, since it may hold secrets."""
+    """A project. `env` and `chart_values` are null in lists, and for viewers, since they may hold secrets."""
 
     id = fields.Integer(required=True)
     uuid = fields.UUID(required=True)
@@ -83,6 +104,7 @@ class Project(Schema):
     repo_url = fields.String(required=True, allow_none=True)
     branch = fields.String(required=True, allow_none=True)
     env = fields.Dict(keys=fields.String(), values=fields.String(), required=True, allow_none=True)
+    chart_values = fields.Nested(ChartValuesSchema, required=True, allow_none=True)
     created_by = fields.Integer(required=True, allow_none=True)
     created_at = moment()
     updated_at = moment()
@@ -95,7 +117,7 @@ class ProjectsQuery(PageQuery):
 
 
 def _public(project: Row, *, with_env: bool) -> dict[str, Any]:
-    """`with_env`: with what may be secret, that is the environment and the credentials in the URL."""
+    """`with_env`: with what may be secret, that is the environments and the credentials in the URL."""
     repo_url = project.repo_url
     return {
         "id": project.id,
@@ -105,6 +127,7 @@ def _public(project: Row, *, with_env: bool) -> dict[str, Any]:
         "repo_url": repo_url if with_env or repo_url is None else without_secrets(repo_url),
         "branch": project.branch,
         "env": project.env if with_env else None,
+        "chart_values": project.chart_values if with_env else None,
         "created_by": project.created_by,
         "created_at": project.created_at,
         "updated_at": project.updated_at,
@@ -175,7 +198,7 @@ async def read(call: Call) -> web.Response:
     database=Database.WRITE,
 )
 async def update(call: Call) -> web.Response:
-    """What is not given stays; `env` is replaced as a whole."""
+    """What is not given stays; `env` and `chart_values` are replaced as a whole."""
     _check_repository(call)
     project, _ = await _permitted(call, Action.PROJECT_WRITE)
     changes: Any = call.body

@@ -212,7 +212,7 @@ async def _spec(session: Session, pool: Pool) -> SessionSpec:
     try:
         async with pool.acquire() as connection:
             row = await connection.fetchrow(
-                """SELECT p.uuid, p.repo_url, p.branch, p.env, s.machine
+                """SELECT p.uuid, p.repo_url, p.branch, p.env, p.chart_values, s.machine
                      FROM sessions s JOIN projects p ON p.id = s.project_id WHERE s.id = $1""",
                 session.id,
             )
@@ -220,7 +220,10 @@ async def _spec(session: Session, pool: Pool) -> SessionSpec:
         raise Interrupted(f"database away: {error or type(error).__name__}") from error
     if row is None:
         raise Interrupted("the session is gone")
-    return SessionSpec(session.ref, row["uuid"], row["repo_url"], row["branch"], row["env"], Machine(**row["machine"]))
+    machine = Machine(**row["machine"])
+    return SessionSpec(
+        session.ref, row["uuid"], row["repo_url"], row["branch"], row["env"], machine, row["chart_values"]
+    )
 
 
 async def _failed(session: Session, step: Step, error: Exception, find: FindProvider) -> Changes:

@@ -28,6 +28,32 @@ async def test_a_project_is_made_read_changed_and_deleted(api: Api, ann: Person)
     assert (await api.call("GET", path, ann)).status == 404
 
 
+async def test_what_a_project_says_of_its_chart_is_kept_and_replaced_as_a_whole(
+    api: Api, ann: Person, bob: Person
+) -> None:
+    workspace = await api.workspace(ann, viewer=bob)
+    values = {
+        "services": {"preview": {"image": "example.org/site:1", "command": ["serve"], "args": ["-p", "3000"]},
+                     "vscode": {"env": {"THEME": NASTY}}}
+    }  # fmt: skip
+    body = {"workspace_id": workspace, "name": "site", "chart_values": values}
+    made = await api.call("POST", "/api/v1/projects", ann, body)
+    assert (made.status, made.json["chart_values"]) == (201, values)
+    path = made.headers["Location"]
+    assert (await api.call("GET", path, ann)).json["chart_values"] == values
+    assert (await api.call("GET", path, bob)).json["chart_values"] is None
+    assert (await api.call("GET", "/api/v1/projects", ann)).json["items"][0]["chart_values"] is None
+    assert (await api.call("PUT", path, ann, {"name": "app"})).json["chart_values"] == values
+    other = {"services": {"chat": {"image": "example.org/chat"}}}
+    assert (await api.call("PUT", path, ann, {"chart_values": other})).json["chart_values"] == other
+    assert (await api.call("PUT", path, ann, {"chart_values": {}})).json["chart_values"] == {}
+
+
+async def test_a_project_says_nothing_of_its_chart_unasked(api: Api, ann: Person) -> None:
+    made = await api.call("POST", "/api/v1/projects", ann, {"workspace_id": ann.workspace_id, "name": "site"})
+    assert made.json["chart_values"] == {}
+
+
 async def test_names_and_values_are_kept_verbatim(api: Api, ann: Person) -> None:
     env = {"A": NASTY + "\n\t"}
     made = await api.call(
@@ -89,6 +115,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"branch": "a..b"}, "branch"),
     ({"env": {"1": "x"}}, "env.1.key"),
     ({"env": {"A": "x\x00"}}, "env.A.value"),
+    ({"chart_values": {"replicas": 3}}, "chart_values.replicas"),
+    ({"chart_values": {"services": {"shell": {}}}}, "chart_values.services.shell"),
+    ({"chart_values": {"services": {"chat": {"image": "--help"}}}}, "chart_values.services.chat.image"),
+    ({"chart_values": {"services": {"chat": {"image": "a\n"}}}}, "chart_values.services.chat.image"),
+    ({"chart_values": {"services": {"chat": {"env": {"1": "x"}}}}}, "chart_values.services.chat.env.1"),
+    ({"chart_values": {"services": {"chat": {"args": ["x" * (64 << 10)]}}}}, "chart_values"),
+    ({"chart_values": None}, "chart_values"),
     ({"name": "\x00"}, "name"),
     ({"name": "x" * 201}, "name"),
 ]

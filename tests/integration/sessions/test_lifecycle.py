@@ -33,12 +33,16 @@ async def test_a_new_session_is_started_and_each_change_is_told_once(stage: Stag
 async def test_a_start_gets_the_project_as_it_is_and_the_machine_as_it_was(stage: Stage) -> None:
     project = await stage.project()
     session = await stage.create(project)
-    await stage.execute("UPDATE projects SET branch = 'next' WHERE id = $1", project.id)
+    chart_values = {"services": {"preview": {"image": "example.org/shop:2"}}}
+    await stage.execute(
+        "UPDATE projects SET branch = 'next', chart_values = $2 WHERE id = $1", project.id, chart_values
+    )
     await stage.execute("UPDATE machine_configs SET cpu = 64")
     async with stage.running():
         await stage.until(session, "running")
     (spec,) = stage.world.specs
     assert (spec.repo_url, spec.branch, spec.env) == ("https://example.org/shop.git", "next", {"A": "1"})
+    assert spec.chart_values == chart_values
     assert (spec.machine.name, spec.machine.cpu) == ("small", 1.0)
     assert spec.machine.services == {"preview": {"command": ["serve"]}}
     assert (spec.ref.namespace, spec.ref.container_name) == (str(project.uuid), f"session-{session.id}")
