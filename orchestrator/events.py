@@ -30,6 +30,12 @@ PERMISSIONS_CHANGED = "gateway.permissions-changed"
 
 SESSION_STATUS = "session.status"
 SESSION_LOG = "session.log"
+# What happens in a cluster. Those of a session go to its channel and to `cluster`, the others to `cluster` only.
+SESSION_POD = "session.pod"
+SESSION_EVENT = "session.event"
+CLUSTER_DEPLOYMENT = "cluster.deployment"
+CLUSTER_NAMESPACE = "cluster.namespace"
+CLUSTER_INGRESS = "cluster.ingress"
 
 MAX_NAME_LENGTH = 200
 

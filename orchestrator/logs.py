@@ -88,7 +88,9 @@ class LogWriter:
             return
         self._bytes += len(text)
         self._waiting.append(
-            _Line(line.session_id, datetime.now(UTC), clean(line.service, 200), clean(line.stream, 200), text)
+            _Line(
+                line.session_id, line.at or datetime.now(UTC), clean(line.service, 200), clean(line.stream, 200), text
+            )
         )
         self._some.set()
         if len(self._waiting) >= BATCH:
