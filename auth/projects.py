@@ -18,8 +18,8 @@ from auth.names import clean
 from auth.permissions import Identity, Role
 from auth.tenants import to_role
 
-_PROJECT = """p.id, p.uuid, p.workspace_id, p.name, p.repo_url, p.branch, p.env, p.chart_values, p.created_by, p.created_at,
-              p.updated_at"""
+_PROJECT = """p.id, p.uuid, p.workspace_id, p.name, p.repo_url, p.branch, p.env, p.chart_values, p.created_by,
+              p.created_at, p.updated_at"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,8 @@ async def update(connection: asyncpg.Connection, project_id: int, **changes: Unp
         )
         project = replace(_found(row), **changes)
         row = await connection.fetchrow(
-            f"""UPDATE projects p SET name = $2, repo_url = $3, branch = $4, env = $5, chart_values = $6, updated_at = now()
+            f"""UPDATE projects p SET name = $2, repo_url = $3, branch = $4, env = $5, chart_values = $6,
+                       updated_at = now()
                  WHERE id = $1 RETURNING {_PROJECT}""",  # noqa: S608  A constant.
             project_id,
             project.name,

@@ -67,7 +67,7 @@ def _chart_values() -> fields.Nested:
         ChartValuesSchema,
         validate=_chart_fits,
         metadata={
-            "description": "For sessions on Kubernetes: what of a container is otherwise than its machine config has it."
+            "description": "What of a session's containers is otherwise than its machine config has it. For Kubernetes."
         },
     )
 
