@@ -12,7 +12,7 @@ app.kubernetes.io/part-of: cluster-code
 cluster-code.io/instance: {{ .Values.instance | quote }}
 cluster-code.io/project: {{ .Values.project | default .Release.Namespace | quote }}
 {{- with .Values.session }}
-cluster-code.io/session: {{ . | toString | quote }}
+cluster-code.io/session: {{ include "session.text" . | quote }}
 {{- end }}
 {{- end }}
 
@@ -113,4 +113,9 @@ httpGet:
 tcpSocket:
   port: {{ .port }}
 {{- end }}
+{{- end }}
+
+{{/* A value as text: whole numbers without an exponent. */}}
+{{- define "session.text" -}}
+{{- if and (kindIs "float64" .) (eq . (floor .)) }}{{ int64 . }}{{ else }}{{ . }}{{ end }}
 {{- end }}
