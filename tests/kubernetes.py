@@ -327,6 +327,10 @@ class KubernetesApi:
         """The next requests with this verb (and path) get these answers, one each."""
         self._faults += [(verb, path, answer) for answer in answers]
 
+    def recover(self) -> None:
+        """Forget the faults that nobody has met."""
+        self._faults.clear()
+
     def cut(self, path: str = "", *, clean: bool = False) -> None:
         """End the open watches: by closing the connection, or as the API itself ends them."""
         for watch in self._of(path):
