@@ -248,6 +248,12 @@ async def choose(
     return pick(await providers(connection), await machine_configs(connection), provider, machine_config)
 
 
+async def named(connection: Connection, provider: str, machine_config: str) -> MachineConfig:
+    """The provider's machine config of that name. Raises Invalid, naming what there is."""
+    own = [config for config in await machine_configs(connection) if config.provider == provider]
+    return _named(own, machine_config, at=provider)
+
+
 def pick(
     rows: Collection[ProviderRow], configs: Collection[MachineConfig], provider: str | None, machine_config: str | None
 ) -> tuple[ProviderRow, MachineConfig]:

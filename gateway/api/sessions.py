@@ -90,6 +90,12 @@ def _public(session: store.Session) -> dict[str, Any]:
     return dict(zip(_NAMES, _values(session), strict=True))
 
 
+class NewMachineConfig(Schema):
+    """Which machine config a session is to have from now on."""
+
+    machine_config = Text(required=True)
+
+
 class SessionsQuery(PageQuery):
     """Which sessions. Deleted ones are listed only when `status` asks for them."""
 
@@ -290,6 +296,29 @@ async def restart(call: Call) -> web.Response:
 
 
 @operation(
+    "Change a session's machine config",
+    tag="sessions",
+    path=_ONE,
+    body=NewMachineConfig,
+    answers={200: Session, 202: Session},
+    database=Database.WRITE,
+)
+async def change_machine_config(call: Call) -> web.Response:
+    """Another size of the same provider, or the same one as it is now.
+
+    202 while the session restarts with it. 200 when there is nothing to wait for: a stopped session takes it at its
+    next start, and one that runs with it already runs on. 422 names those that the provider has, 409 once the session
+    is being deleted. Where the provider can go back to what ran before, a change that fails leaves the session running
+    with that, and `reason` is `RolledBack`.
+    """
+    session = await _permitted(call, Action.SESSION_WRITE)
+    name = call.body["machine_config"]
+    changed, restarts = await store.change_machine(call.connection, session.id, name)
+    await _record(call, "session.machine-config", session.id, machine_config=name)
+    return answer(_public(changed), 202 if restarts else 200)
+
+
+@operation(
     "Read what happened to a session",
     tag="sessions",
     path=_ONE,
@@ -335,5 +364,5 @@ async def logs(call: Call) -> web.Response:
     return answer({"items": items})
 
 
-async def _record(call: Call, action: str, session_id: int) -> None:
-    await audit.record(call.connection, call.identity.user_id, action, f"session:{session_id}", call.address)
+async def _record(call: Call, action: str, session_id: int, **details: Any) -> None:
+    await audit.record(call.connection, call.identity.user_id, action, f"session:{session_id}", call.address, **details)

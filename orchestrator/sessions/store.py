@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import asyncpg
 
+from orchestrator import machines
 from orchestrator.database import Connection
 from orchestrator.errors import Conflict, Invalid
 from orchestrator.sessions import leases, placement, record
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from auth.projects import Project
 
 __all__ = [
-    "LogRecord", "Page", "Session", "SessionEvent", "count_by_status", "create", "events_page", "get", "list_page",
-    "logs", "public", "request",
+    "LogRecord", "Page", "Session", "SessionEvent", "change_machine", "count_by_status", "create", "events_page", "get",
+    "list_page", "logs", "public", "request",
 ]  # fmt: skip
 
 # A total is counted up to here, and pages end here: what is beyond is found by filters.
@@ -28,6 +29,8 @@ COUNTED = 10_000
 _LIVE = [status.value for status in Status if status is not Status.DELETED]
 # Seconds. A delete mostly takes less.
 _WHILE_DELETING = 2
+# Why a session runs on with what it ran with before: `providers.contract.RolledBack`.
+_ROLLED_BACK = "RolledBack"
 Item = TypeVar("Item")
 
 
@@ -165,28 +168,65 @@ async def request(
     wanted, status = record.statuses(before)
     if wanted is Desired.DELETED:
         if wish is not Desired.DELETED:
-            gone = "deleted" if status is Status.DELETED else "being deleted"
-            raise Conflict(f"The session {session_id} is {gone}: make a new one for its project.")
+            raise _gone(before)
         # Somebody is waiting for it: do not let a back-off stand in the way.
         await leases.hurry(connection, session_id)
         return before
     shown = requested(wanted, status, wish, restart=restart)
     if shown is None:
         return before
-    reason, message = because or (("RestartRequested", "Restarting, as requested.") if restart else _REQUESTED[wish])
+    because = because or (("RestartRequested", "Restarting, as requested.") if restart else _REQUESTED[wish])
+    endpoints = {} if wish is Desired.RUNNING and not restart else record.endpoint_columns(None)
+    return await _want(connection, before, wish, shown, because, **endpoints)
+
+
+async def change_machine(connection: Connection, session_id: int, machine_config: str) -> tuple[Session, bool]:
+    """Give the session another machine config of its provider, as that is now; within the caller's transaction.
+
+    One that is to run is restarted with it, and the second value says that this is still to be done; one that is
+    stopped takes it at its next start. One that has it already is left alone, unless it could not be run with it.
+    Raises NotFound, Invalid for a machine config that its provider does not have, naming those it has, Conflict when it
+    is being deleted or gone.
+    """
+    before = await record.lock(connection, session_id)
+    wanted, status = record.statuses(before)
+    if wanted is Desired.DELETED:
+        raise _gone(before)
+    machine = (await machines.named(connection, before.provider, machine_config)).snapshot()
+    known = await connection.fetchval("SELECT machine FROM sessions WHERE id = $1", session_id)
+    if machine == known and status is not Status.ERROR and before.reason != _ROLLED_BACK:
+        return before, before.outstanding and wanted is Desired.RUNNING
+    changes: dict[str, Any] = {"machine_config": machine_config, "machine": machine}
+    if wanted is Desired.STOPPED:
+        return await record.write(connection, before, **changes), False
+    shown = requested(wanted, status, Desired.RUNNING, restart=True) or status
+    because = ("MachineConfigChanged", f"Restarting with the machine config {machine_config}, as requested.")
+    changes |= record.endpoint_columns(None)
+    return await _want(connection, before, Desired.RUNNING, shown, because, **changes), True
+
+
+async def _want(
+    connection: Connection, before: Session, wish: Desired, shown: Status, because: tuple[str, str], **changes: Any
+) -> Session:
+    """Have orchestrators work on what is wanted now, from the beginning."""
     return await record.write(
         connection,
         before,
         desired=wish.value,
         generation=before.generation + 1,
         status=shown.value,
-        reason=reason,
-        message=message,
+        reason=because[0],
+        message=because[1],
         attempts=0,
         start_deadline_at=None,
         next_attempt_at=record.After(0),
-        **({} if wish is Desired.RUNNING and not restart else record.endpoint_columns(None)),
+        **changes,
     )
+
+
+def _gone(session: Session) -> Conflict:
+    gone = "deleted" if session.status == Status.DELETED else "being deleted"
+    return Conflict(f"The session {session.id} is {gone}: make a new one for its project.")
 
 
 async def list_page(

@@ -5,6 +5,8 @@ from collections import Counter
 from typing import Any
 from uuid import uuid4
 
+import orjson
+
 from orchestrator.sessions import store
 from tests.integration.gateway.conftest import Api, Person, Serve
 
@@ -88,6 +90,25 @@ async def test_concurrent_requests_for_an_unknown_uuid_make_one_session(api: Api
     assert Counter(answer.status == 201 for answer in answers)[True] == 1
     assert {answer.status for answer in answers} <= {200, 201, 202}
     assert len(await api.fetch("SELECT 1 FROM projects")) == 1
+
+
+async def test_fifty_calls_at_two_gateways_get_the_one_session_of_a_kubernetes_project(
+    api: Api, serve: Serve, ann: Person
+) -> None:
+    await api.fetch("UPDATE providers SET kind = 'kubernetes'")
+    other: Api = await serve()
+    uuid = uuid4()
+    answers = await asyncio.gather(
+        *((api, other)[number % 2].call("GET", f"/api/v1/sessions/project/{uuid}", ann) for number in range(50))
+    )
+    assert Counter(answer.status for answer in answers) == {200: 49, 201: 1}
+    assert {(answer.json["id"], answer.json["namespace"]) for answer in answers} == {(answers[0].json["id"], str(uuid))}
+    assert (
+        await api.fetch("SELECT count(*) FROM sessions") == await api.fetch("SELECT count(*) FROM projects") == [(1,)]
+    )
+    assert [row["channel"] for row in await api.fetch("SELECT channel FROM outbox ORDER BY channel")] == [
+        f"session:{answers[0].json['id']}", f"user:{ann.id}", f"workspace:{ann.workspace_id}",
+    ]  # fmt: skip
 
 
 async def test_get_or_create_makes_one_and_then_gets_it(api: Api, ann: Person) -> None:
@@ -212,6 +233,92 @@ async def test_a_session_is_stopped_started_and_restarted(api: Api, ann: Person)
     assert [row["action"] for row in trail] == [
         "session.create", "session.stop", "session.start", "session.restart",
     ]  # fmt: skip
+
+
+async def add_sizes(api: Api, *names: str, provider: str = "here") -> None:
+    """Machine configs of a provider."""
+    for number, name in enumerate(names, start=2):
+        await api.fetch(
+            """INSERT INTO machine_configs (name, provider_id, cpu) SELECT $1, id, $2 FROM providers
+                WHERE name = $3""",
+            name, number, provider,
+        )  # fmt: skip
+
+
+async def test_a_running_session_restarts_with_another_machine_config(api: Api, ann: Person) -> None:
+    await add_sizes(api, "large")
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    await set_status(api, session, status="running", observed_generation=1, ip_address="127.0.0.1")
+    path = f"/api/v1/sessions/{session['id']}/machine-config"
+    # Asking twice is asking once.
+    for _ in range(2):
+        changed = await api.call("PUT", path, ann, {"machine_config": "large"})
+        shown = {
+            "machine_config": "large", "status": "stopping", "desired": "running", "reason": "MachineConfigChanged",
+            "ip_address": None,
+        }  # fmt: skip
+        assert (changed.status, changed.json) == (202, changed.json | shown)
+    (row,) = await api.fetch("SELECT machine, generation, observed_generation FROM sessions")
+    assert (row["machine"]["name"], row["machine"]["cpu"]) == ("large", 2.0)
+    assert (row["generation"], row["observed_generation"]) == (2, 1)
+    told = await api.fetch("SELECT data FROM outbox WHERE channel = $1 ORDER BY id", f"session:{session['id']}")
+    assert [orjson.loads(one["data"])["machine_config"] for one in told] == ["small", "large"]
+    await set_status(api, session, status="running", observed_generation=2)
+    assert (await api.call("PUT", path, ann, {"machine_config": "large"})).status == 200
+    trail = await api.fetch("SELECT details FROM audit_log WHERE action = 'session.machine-config' LIMIT 1")
+    assert trail[0]["details"] == {"machine_config": "large"}
+
+
+async def test_what_could_not_be_run_with_a_machine_config_is_tried_again(api: Api, ann: Person) -> None:
+    for columns in ({"status": "error"}, {"status": "running", "reason": "RolledBack"}):
+        session = await api.session(ann, await api.project(ann.workspace_id))
+        await set_status(api, session, observed_generation=1, **columns)
+        path = f"/api/v1/sessions/{session['id']}/machine-config"
+        assert (await api.call("PUT", path, ann, {"machine_config": "small"})).status == 202, columns
+
+
+async def test_a_machine_config_that_was_changed_is_taken_as_it_is_now(api: Api, ann: Person) -> None:
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    await set_status(api, session, status="running", observed_generation=1)
+    await api.fetch("UPDATE machine_configs SET cpu = 3")
+    path = f"/api/v1/sessions/{session['id']}/machine-config"
+    assert (await api.call("PUT", path, ann, {"machine_config": "small"})).status == 202
+    assert (await api.fetch("SELECT machine FROM sessions"))[0]["machine"]["cpu"] == 3.0
+
+
+async def test_a_stopped_session_takes_a_machine_config_at_its_next_start(api: Api, ann: Person) -> None:
+    await add_sizes(api, "large")
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    await set_status(api, session, desired="stopped", status="stopped", observed_generation=1)
+    path = f"/api/v1/sessions/{session['id']}/machine-config"
+    changed = await api.call("PUT", path, ann, {"machine_config": "large"})
+    assert (changed.status, changed.json["machine_config"], changed.json["status"]) == (200, "large", "stopped")
+    (row,) = await api.fetch("SELECT machine, generation FROM sessions")
+    assert (row["machine"]["name"], row["generation"]) == ("large", 1)
+    told = await api.fetch("SELECT data FROM outbox WHERE channel = $1 ORDER BY id", f"session:{session['id']}")
+    assert orjson.loads(told[-1]["data"])["machine_config"] == "large"
+
+
+async def test_a_machine_config_that_cannot_be_had_is_refused(api: Api, ann: Person, bob: Person) -> None:
+    await api.fetch("INSERT INTO providers (name, kind) VALUES ('there', 'kubernetes')")
+    await add_sizes(api, "distant", provider="there")
+    await add_sizes(api, "large")
+    session = await api.session(ann, await api.project(await api.workspace(ann, viewer=bob)))
+    path = f"/api/v1/sessions/{session['id']}/machine-config"
+    for name in ("huge", "distant"):
+        refused = await api.call("PUT", path, ann, {"machine_config": name})
+        assert (refused.status, refused.errors) == (422, {"machine_config": [
+            f"There is no machine config '{name}' at the provider 'here'; there are: large, small."
+        ]})  # fmt: skip
+    for wrong in ({}, {"machine_config": None}, {"machine_config": "large", "cpu": 9}):
+        assert (await api.call("PUT", path, ann, wrong)).status == 422
+    assert (await api.call("PUT", path, bob, {"machine_config": "large"})).status == 403
+    assert (
+        await api.call("PUT", "/api/v1/sessions/999/machine-config", ann, {"machine_config": "large"})
+    ).status == 404
+    await set_status(api, session, desired="deleted", status="deleting")
+    assert (await api.call("PUT", path, ann, {"machine_config": "large"})).status == 409
+    assert (await api.fetch("SELECT machine_config FROM sessions"))[0][0] == "small"
 
 
 async def test_a_session_is_deleted_in_every_state(api: Api, ann: Person) -> None:

@@ -167,6 +167,36 @@ async def test_what_was_rolled_back_runs_and_goes_on_saying_why(stage: Stage) ->
     assert stage.world.called("start") == 1
 
 
+async def test_a_session_gets_another_machine_and_goes_back_when_it_cannot_run_with_it(stage: Stage) -> None:
+    session = await stage.create()
+    await stage.execute(
+        "INSERT INTO machine_configs (name, provider_id, cpu) VALUES ('large', $1, 8), ('broken', $1, 9)",
+        stage.provider_id,
+    )
+
+    async def change(name: str) -> bool:
+        async with stage.pool.acquire() as connection, connection.transaction():
+            return (await store.change_machine(connection, session.id, name))[1]
+
+    async with stage.running():
+        await stage.until(session, "running")
+        assert await change("large")
+        running = await stage.until(session, "running", reason="Ready", observed_generation=2)
+        assert (running.machine_config, stage.world.specs[-1].machine.cpu) == ("large", 8.0)
+
+        async def cannot(ref: SessionRef) -> None:
+            raise RolledBack("There is no such image.", endpoints_of(ref.session_id))
+
+        stage.world.hooks["start"] = cannot
+        assert await change("broken")
+        await stage.until(session, "running", reason="RolledBack", machine_config="broken")
+        del stage.world.hooks["start"]
+        assert await change("broken")
+        await stage.until(session, "running", reason="Ready")
+        assert not await change("broken")
+    assert [spec.machine.name for spec in stage.world.specs] == ["small", "large", "broken", "broken"]
+
+
 async def test_a_failed_session_can_be_started_again(stage: Stage) -> None:
     stage.world.hooks["start"] = failing(ProviderFailure("CloneFailed", "No."), times=1)
     session = await stage.create()
