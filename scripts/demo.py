@@ -2,6 +2,7 @@
 
     register, sign in -> short token -> /ws -> project -> session: running -> preview -> deleted
 
+On a cluster the way is the same, every pod and event of it shown; there it ends with the namespace gone.
 It speaks only what `docs/protocol.md` and the OpenAPI document say, and exits 0 only if all of it happened.
 """
 
@@ -21,15 +22,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from scripts import display, target
+from orchestrator.errors import ClusterCodeError
+from scripts import cluster, display, target
 from scripts.demo_repository import DemoFailed, Repository, served
 
 if TYPE_CHECKING:
     from environs import Env
 
-_STEPS = 9
+_STEPS = 11
 # Seconds that one answer may take.
 _ANSWER = 15.0
+# Seconds for all of it; a cluster may have to pull images first.
+_DEADLINE, _CLUSTER_DEADLINE = 120.0, 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,10 @@ class Options:
     branch: str | None = None
     email: str | None = None
     password: str | None = None
+    provider: str | None = None
+    machine_config: str | None = None
     # Seconds for all of it.
-    deadline: float = 120.0
+    deadline: float | None = None
 
 
 def main(env: Env, options: Options) -> int:
@@ -65,11 +71,12 @@ async def _bounded(url: str, options: Options) -> int:
         console=console, transient=True,
     ) as progress:  # fmt: skip
         demo = Demo(url, options, progress)
+        deadline = options.deadline or (_CLUSTER_DEADLINE if options.provider else _DEADLINE)
         try:
-            async with asyncio.timeout(options.deadline):
+            async with asyncio.timeout(deadline):
                 await demo.run()
         except TimeoutError:
-            problem = f"it took longer than {options.deadline:g} s; it was at: {demo.step}"
+            problem = f"it took longer than {deadline:g} s; it was at: {demo.step}"
         except (DemoFailed, aiohttp.ClientError) as error:
             problem = f"{error or type(error).__name__} (at: {demo.step})"
         else:
@@ -89,6 +96,8 @@ class Demo:
         self._progress = progress
         self._bar = progress.add_task(self.step, total=_STEPS)
         self._headers: dict[str, str] = {}
+        # Of a session in a cluster: its pods by name, as they were told last.
+        self._pods: dict[str, dict[str, Any]] = {}
 
     async def run(self) -> None:
         """All of it. Raises DemoFailed, aiohttp.ClientError; what was made is taken away again in any case."""
@@ -97,12 +106,19 @@ class Demo:
             self._http = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
             await self._sign_in()
             socket, position = await self._connect(stack)
-            repository = await self._repository(stack)
+            in_cluster = await self._provider_kind() == "kubernetes"
+            repository = None if in_cluster and not self._options.repo else await self._repository(stack)
             project = await stack.enter_async_context(self._project(repository))
             async with self._session(project) as session_id:
                 session = await self._started(socket, position, session_id)
-                await self._look(session, repository)
+                if in_cluster:
+                    await self._look_at_pods(socket)
+                    await self._look_from_afar(session)
+                else:
+                    await self._look(session, repository)
             await self._until(socket, session_id, "deleted")
+            if in_cluster:
+                await self._gone(session["namespace"])
 
     async def _sign_in(self) -> None:
         self._next("signing in")
@@ -127,6 +143,26 @@ class Demo:
             raise DemoFailed(f"the first frame is {connected['event_type']!r} and not 'connected'")
         return socket, connected["data"]["position"]
 
+    async def _provider_kind(self) -> str:
+        """The kind of the provider that the session will run at. Raises DemoFailed when there is none such, or down."""
+        self._next("finding a provider")
+        name = self._options.provider
+        if name is None and (config := self._options.machine_config) is not None:
+            configs = (await self._call("GET", "/machine-configs"))["items"]
+            name = next((one["provider"] for one in configs if one["name"] == config), None)
+        found = {one["name"]: one for one in (await self._call("GET", "/providers"))["items"] if one["enabled"]}
+        if name is None:
+            defaults = [one for one in found.values() if one["is_default"] or len(found) == 1]
+            return str(defaults[0]["kind"]) if defaults else ""
+        if name not in found:
+            raise DemoFailed(
+                f"the server has no provider {name!r} (it has: {', '.join(sorted(found)) or 'none'}). For one that is"
+                " a Kubernetes cluster start it with KUBECONFIG set: `KUBECONFIG=~/.kube/config make run`"
+            )
+        if found[name]["state"] == "down":
+            raise DemoFailed(f"the provider {name!r} is down: {found[name]['message']}")
+        return str(found[name]["kind"])
+
     async def _repository(self, stack: AsyncExitStack) -> Repository:
         self._next("finding a repository")
         if self._options.repo:
@@ -137,14 +173,16 @@ class Demo:
         return repository
 
     @asynccontextmanager
-    async def _project(self, repository: Repository) -> AsyncIterator[dict[str, Any]]:
+    async def _project(self, repository: Repository | None) -> AsyncIterator[dict[str, Any]]:
         self._next("creating a project")
         workspaces = await self._call("GET", "/workspaces")
-        body = {"workspace_id": workspaces["items"][0]["id"], "name": "Demo", "repo_url": repository.url}
+        body = {"workspace_id": workspaces["items"][0]["id"], "name": "Demo"}
+        if repository is not None:
+            body["repo_url"] = repository.url
         if self._options.branch:
             body["branch"] = self._options.branch
         project = await self._call("POST", "/projects", body)
-        self._say(f"project {project['id']} ({project['uuid']}) of {repository.url}")
+        self._say(f"project {project['id']} ({project['uuid']})" + (f" of {repository.url}" if repository else ""))
         try:
             yield project
         finally:
@@ -166,7 +204,11 @@ class Demo:
     async def _session(self, project: dict[str, Any]) -> AsyncIterator[int]:
         """A session, whose deletion is asked for at the end."""
         self._next("creating a session")
-        session = await self._call("POST", "/sessions", {"project_id": project["id"]})
+        body = {"project_id": project["id"]}
+        for name in ("provider", "machine_config"):
+            if given := getattr(self._options, name):
+                body[name] = given
+        session = await self._call("POST", "/sessions", body)
         try:
             yield session["id"]
         finally:
@@ -179,16 +221,64 @@ class Demo:
         await socket.send_str(orjson.dumps(subscribe).decode())
         return await self._until(socket, session_id, "running")
 
-    async def _look(self, session: dict[str, Any], repository: Repository) -> None:
+    async def _look(self, session: dict[str, Any], repository: Repository | None) -> None:
         self._next("fetching the preview")
         url = session["preview_url"]
         if not url:
             raise DemoFailed("the session runs, and has no preview")
         async with self._http.get(url) as answer:
             page = await answer.text()
-        if answer.status != 200 or repository.page not in page:
+        if answer.status != 200 or (repository is not None and repository.page not in page):
             raise DemoFailed(f"{url} answers {answer.status}, and not with the repository's page")
         self._say(f"{url} answers {answer.status} with {len(page)} characters, as it should")
+
+    async def _look_at_pods(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        """Show that its pods are ready, as the socket told."""
+        self._next("waiting for its pods")
+        while not any(pod["ready"] for pod in self._pods.values()):
+            await self._message(socket)
+        for name, pod in self._pods.items():
+            ready = sum(one["ready"] for one in pod["containers"] if not one["init"])
+            count = sum(not one["init"] for one in pod["containers"])
+            self._say(f"pod {name} on {pod['node'] or 'no node'}: {ready} of {count} containers ready")
+
+    async def _look_from_afar(self, session: dict[str, Any]) -> None:
+        """What the preview answers, from here or by way of the API server; of a cluster, neither need be possible."""
+        self._next("fetching the preview")
+        url = session["preview_url"] or ""
+        try:
+            async with self._http.get(url) as answer:
+                self._say(f"{url} answers {answer.status} with {len(await answer.text())} characters")
+        except (aiohttp.ClientError, TimeoutError):
+            self._say(f"{url or 'the preview'} is reached from within the cluster only")
+            await self._ask_for_page(url)
+
+    async def _ask_for_page(self, url: str) -> None:
+        if not cluster.configured():
+            return
+        try:
+            async with cluster.opened() as own:
+                page = await cluster.page(own, url)
+        except (ClusterCodeError, ValueError) as error:
+            self._say(f"nor does the API server reach it for us: {error}")
+        else:
+            self._say(f"the API server reaches it for us: {page.strip()}")
+
+    async def _gone(self, namespace: str) -> None:
+        """Show that the cluster has it no more, where it is ours to ask. Raises DemoFailed when it still has."""
+        self._next("looking for the namespace")
+        if not cluster.configured():
+            self._say(f"the namespace {namespace} is gone, says the server; with KUBECONFIG set the cluster is asked")
+            return
+        try:
+            async with cluster.opened() as own:
+                gone = await cluster.gone(own, namespace)
+        except ClusterCodeError as error:
+            self._say(f"the cluster cannot be asked for the namespace {namespace}: {error}")
+            return
+        if not gone:
+            raise DemoFailed(f"the session is deleted, and the cluster still has its namespace {namespace}")
+        self._say(f"the namespace {namespace} is gone: the cluster has none of that name")
 
     async def _until(self, socket: aiohttp.ClientWebSocketResponse, session_id: int, status: str) -> dict[str, Any]:
         """Print what comes until the session has that status. Raises DemoFailed when it fails."""
@@ -211,6 +301,11 @@ class Demo:
             raise DemoFailed(f"the server closed the socket ({socket.close_code} {frame.extra or ''})".rstrip())
         message: dict[str, Any] = orjson.loads(frame.data)
         self._progress.console.print(display.line(message))
+        if message["event_type"] == "session.pod":
+            pod = message["data"]
+            self._pods[pod["pod"]] = pod
+            if pod["change"] == "deleted":
+                del self._pods[pod["pod"]]
         return message
 
     async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -40,7 +40,7 @@ from orchestrator.process import Signals, close_pool, running, until_stopped
 from orchestrator.providers.registry import open_provider
 from orchestrator.run import Orchestrator
 from orchestrator.settings import AmqpSettings, DatabaseSettings, OrchestratorSettings, load
-from scripts import users
+from scripts import cluster, users
 from scripts.embedded import EmbeddedPostgres
 from scripts.instance import Instance
 from scripts.settings import DevSettings
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("dev")
 
+# Seconds that the cluster gets to say which images its nodes hold, before the server is said to be ready without.
+_FIT_DEADLINE = 3.0
 _CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -122,6 +124,8 @@ async def _main(env: Env, settings: Settings) -> None:
             alone=settings.database is None,
         )
         parts.append(await stack.enter_async_context(running(orchestrator.run(), "orchestrator")))
+        if cluster.configured():
+            await stack.enter_async_context(_fitted(pool, settings.dev))
         app = gateway.build(settings.gateway, tokens, pool, events, database)
         app[METRICS].include(orchestrator.metrics)
         port = await stack.enter_async_context(gateway.listening(app, settings.gateway))
@@ -129,6 +133,20 @@ async def _main(env: Env, settings: Settings) -> None:
         stack.enter_context(instance.announce(url, None if settings.database else database.url))
         click.echo(f"Ready: {url} (in {time.monotonic() - started:.1f} s). Ctrl-C ends it.")
         await until_stopped(signals, *parts, gateway.until_failure(app))
+
+
+@asynccontextmanager
+async def _fitted(pool: Pool, settings: DevSettings) -> AsyncIterator[None]:
+    """Let what the demonstration runs on the cluster suit it, as soon as that can be found out."""
+    async with running(cluster.fit_image(pool, settings.kubernetes_demo_image), "image of the demonstration") as task:
+        task.add_done_callback(_tell_failure)
+        await asyncio.wait([task], timeout=_FIT_DEADLINE)
+        yield
+
+
+def _tell_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.error("task failed", task=task.get_name(), exc_info=error)
 
 
 @asynccontextmanager
@@ -166,6 +184,8 @@ async def _current_schema(pool: Pool, database: DatabaseSettings) -> None:
 async def _first_start(pool: Pool, settings: DevSettings) -> None:
     """Import the examples while there is no provider, and make an administrator while there is none.
 
+    Where there is a way to a cluster, its provider is imported beside them, also later.
+
     Its password is printed before it is committed: there is never one that nobody was told.
     """
     async with pool.acquire() as connection:
@@ -173,6 +193,8 @@ async def _first_start(pool: Pool, settings: DevSettings) -> None:
             for name in ("providers.yaml", "machine-configs.yaml"):
                 await machines.apply(connection, machines.read_file(_CONFIGS / name))
                 log.info("imported", file=f"configs/{name}")
+        if cluster.configured():
+            await cluster.import_provider(connection, settings.kubernetes_demo_image)
         if await connection.fetchval("SELECT EXISTS (SELECT FROM users WHERE is_admin AND NOT is_disabled)"):
             return
     password = settings.admin_password or users.generate_password()

@@ -111,11 +111,24 @@ def worker() -> None:
 @click.option("--branch", envvar="BRANCH", help="Its branch; by default the repository's own.")
 @click.option("--email", help="An account to sign in with; by default a throw-away one is registered.")
 @click.option("--password", envvar="DEMO_PASSWORD", hidden=True)
-@click.option("--deadline", type=click.FloatRange(min=1), default=120, show_default=True, help="Seconds for all of it.")
+@click.option("--provider", help="Where the session runs; by default the server's own default.")
+@click.option("--machine-config", help="Its size; by default the provider's own default.")
+@click.option(
+    "--deadline", type=click.FloatRange(min=1), help="Seconds for all of it; by default 120, 300 with --provider."
+)
 def demo(
-    url: str | None, repo: str | None, branch: str | None, email: str | None, password: str | None, deadline: float
+    url: str | None,
+    repo: str | None,
+    branch: str | None,
+    email: str | None,
+    password: str | None,
+    provider: str | None,
+    machine_config: str | None,
+    deadline: float | None,
 ) -> None:
     """See a session come and go: sign in, watch the socket, start, fetch the preview, delete.
+
+    With --provider kubernetes, on the cluster of the server's KUBECONFIG: pod by pod, until its namespace is gone.
 
     The password of --email is read from DEMO_PASSWORD or asked for.
     """
@@ -124,7 +137,7 @@ def demo(
 
     if email and password is None:
         password = click.prompt("Password", hide_input=True)
-    sys.exit(run_demo(_env(), Options(url, repo, branch, email, password, deadline)))
+    sys.exit(run_demo(_env(), Options(url, repo, branch, email, password, provider, machine_config, deadline)))
 
 
 @cli.command()

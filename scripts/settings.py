@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from orchestrator.settings import variable
@@ -9,7 +10,7 @@ from orchestrator.settings import variable
 
 @dataclass(frozen=True, slots=True)
 class DevSettings:
-    """The first administrator, who is made when there is none."""
+    """The first administrator, who is made when there is none, and what the demonstration runs on a cluster."""
 
     admin_email: str = variable(
         "ADMIN_EMAIL",
@@ -19,4 +20,12 @@ class DevSettings:
     )
     admin_password: str = variable(
         "ADMIN_PASSWORD", "str", "", help="Its password; empty: one is made and printed once.", secret=True
+    )
+    kubernetes_demo_image: str = variable(
+        "KUBERNETES_DEMO_IMAGE",
+        "str",
+        "",
+        help="Image, with busybox's `httpd`, of the machine config `kubernetes-small` that `cluster-code dev` makes"
+        " where KUBECONFIG is set; empty: a busybox that the nodes hold already, else docker.io's.",
+        check=lambda value: None if re.fullmatch(r"(?!-)[!-~]{1,500}", value) else f"must be an image, not {value!r}",
     )
