@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -107,9 +108,12 @@ async def import_provider(connection: Connection, image: str) -> None:
     if any(row.name == PROVIDER for row in await machines.providers(connection)):
         return
     wanted = _with_image(image) if image else machines.read_file(_FILE)
+    # Others may run theirs on the same cluster: what is whose must not be in doubt.
+    own = {"instance": f"dev-{secrets.token_hex(4)}"}
+    providers = tuple({**entry, "options": {**entry["options"], **own}} for entry in wanted.providers)
     there = {config.name for config in await machines.machine_configs(connection)}
     new = tuple(entry for entry in wanted.machine_configs if entry["name"] not in there)
-    changes = await machines.apply(connection, replace(wanted, machine_configs=new))
+    changes = await machines.apply(connection, replace(wanted, providers=providers, machine_configs=new))
     log.info("imported", file=f"configs/{_FILE.name}", changes=[str(change) for change in changes])
 
 

@@ -30,7 +30,7 @@ class Server:
     def __init__(self, data_dir: Path, **environment: str) -> None:
         self.data_dir = data_dir
         self.environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "KUBECONFIG"},
             "DATA_DIR": str(data_dir),
             "PORT": "0",
             "ADMIN_PASSWORD": PASSWORD,
