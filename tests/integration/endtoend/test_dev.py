@@ -55,6 +55,37 @@ async def test_the_demonstration_fails_for_a_repository_that_is_not_there(server
     assert "POST /projects answers 422" in errors
 
 
+async def test_the_demonstration_says_how_to_get_a_provider_that_is_not_there(server: Server) -> None:
+    code, _, errors = await run(server, "demo", "--provider", "kubernetes")
+    assert code == 1
+    assert "the server has no provider 'kubernetes' (it has: local)." in errors
+    assert "`KUBECONFIG=~/.kube/config make run`" in errors
+    assert "Traceback" not in errors
+
+
+async def test_the_demonstration_takes_a_provider_and_a_size(server: Server) -> None:
+    code, output, errors = await run(server, "demo", "--provider", "local", "--machine-config", "small")
+    assert (code, errors) == (0, "")
+    assert "answers 200" in output
+    code, _, errors = await run(server, "demo", "--machine-config", "huge")
+    assert code == 1
+    assert "There is no machine config 'huge'" in errors
+
+
+async def test_its_metrics_are_also_the_orchestrators(server: Server, client: Client) -> None:
+    wanted = {
+        'cluster_code_relay_leads{relay="outbox"} 1.0',
+        'cluster_code_provider_up{kind="local",provider="local"} 1.0',
+        "cluster_code_sessions_working_max 8.0",
+        "cluster_code_connections 0.0",
+    }
+    async with asyncio.timeout(20):
+        while wanted:
+            async with client._http.get(f"{server.url}/metrics") as answer:
+                wanted -= set((await answer.text()).splitlines())
+            await asyncio.sleep(0.05)
+
+
 async def test_without_a_server_the_demonstration_says_how_to_start_one(idle: Server) -> None:
     code, output, errors = await run(idle, "demo")
     assert (code, output) == (1, "")
