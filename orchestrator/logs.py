@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -35,6 +37,9 @@ PATIENCE = 0.1
 # Lines that a session may have above what is kept, as a share of it, before the oldest are deleted.
 _SLACK = 0.1
 _AWAY: tuple[type[BaseException], ...] = (*UNAVAILABLE, LogUnavailable)
+# Of `pg_advisory_xact_lock`: "logs", and one for each session or a few of them.
+_TURN = 0x6C6F_6773
+_LARGEST_KEY = 2**31
 _COLUMNS = ("session_id", "at", "service", "stream", "line")
 
 
@@ -61,7 +66,7 @@ class LogWriter:
     def __init__(self, pool: Pool, event_log: EventLog, *, keep: int) -> None:
         self._pool = pool
         self._event_log = event_log
-        self._keep = keep
+        self.keep = keep
         self._waiting: deque[_Line] = deque()
         self._bytes = 0
         self._some = asyncio.Event()
@@ -95,6 +100,14 @@ class LogWriter:
         self._some.set()
         if len(self._waiting) >= BATCH:
             self._full.set()
+
+    def discard(self, session_ids: Collection[int]) -> None:
+        """Forget the lines of these sessions that are not stored: somebody else reads them again."""
+        kept = [line for line in self._waiting if line.session_id not in session_ids]
+        self._waiting = deque(kept)
+        self._bytes = sum(len(line.line) for line in kept)
+        if (batch := self._unfinished) is not None and batch.events is None:
+            batch.lines = [line for line in batch.lines if line.session_id not in session_ids]
 
     async def run(self) -> None:
         """Write batches for ever. A batch that is under way when this is cancelled is left to `flush`."""
@@ -171,6 +184,7 @@ class LogWriter:
             rows = await connection.fetch("SELECT id FROM sessions WHERE id = ANY ($1) FOR KEY SHARE", list(ids))
             there = {row["id"] for row in rows}
             lines = [line for line in batch if line.session_id in there]
+            await _take_turns(connection, there)
             await connection.copy_records_to_table(
                 "session_logs",
                 columns=_COLUMNS,
@@ -182,7 +196,7 @@ class LogWriter:
         return lines
 
     async def _prune(self, connection: Connection, stored: Counter[int]) -> None:
-        slack = int(self._keep * _SLACK) + 1
+        slack = int(self.keep * _SLACK) + 1
         for session_id, count in stored.items():
             # The first lines that this process stores may come on top of another's.
             since = self._since_pruned.get(session_id, slack) + count
@@ -191,10 +205,18 @@ class LogWriter:
                     """DELETE FROM session_logs WHERE session_id = $1 AND id <= (
                            SELECT id FROM session_logs WHERE session_id = $1 ORDER BY id DESC OFFSET $2 LIMIT 1)""",
                     session_id,
-                    self._keep,
+                    self.keep,
                 )
                 since = 0
             self._since_pruned[session_id] = since
+
+
+async def _take_turns(connection: Connection, session_ids: Collection[int]) -> None:
+    """Have a session's lines written by one transaction after the other, so that their ids grow in the order in which
+    they can be seen: who has read up to an id has missed none before it."""
+    keys = sorted({session_id % _LARGEST_KEY for session_id in session_ids})
+    # In the order of the keys, as everybody does.
+    await connection.execute("SELECT pg_advisory_xact_lock($1, key) FROM unnest($2::int[]) AS key", _TURN, keys)
 
 
 def _event(line: _Line) -> Event:

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.errors import LogUnavailable
 from orchestrator.eventlog.memory import MemoryLog
-from orchestrator.logs import BATCH, LogWriter
+from orchestrator.logs import BATCH, LogWriter, _take_turns
 from orchestrator.providers.contract import LogLine
 from tests.integration.sessions.conftest import Stage
 
@@ -44,6 +44,27 @@ async def test_a_line_is_stored_and_published(stage: Stage) -> None:
     assert isinstance(data, dict)
     assert data.pop("at").endswith("Z")
     assert data == {"session_id": session.id, "service": "preview", "stream": "stdout", "line": "hello"}
+
+
+async def test_lines_of_a_session_can_be_seen_in_the_order_of_their_ids(stage: Stage) -> None:
+    session, other = await stage.create(), await stage.create()
+    first, second = (LogWriter(stage.pool, stage.log, keep=10_000) for _ in range(2))
+    async with stage.pool.acquire() as connection, connection.transaction():
+        # As a writer that is slow to commit.
+        await _take_turns(connection, [session.id])
+        first.sink(_line(session.id, "later"))
+        second.sink(_line(other.id, "of another session"))
+        waiting = asyncio.create_task(first.iterate())
+        await second.iterate()
+        assert await _lines(stage, other.id) == ["of another session"]
+        await connection.execute(
+            "INSERT INTO session_logs (session_id, at, service, stream, line) VALUES ($1, now(), '', '', 'earlier')",
+            session.id,
+        )
+        assert await _lines(stage, session.id) == []
+    async with asyncio.timeout(10):
+        await waiting
+    assert await _lines(stage, session.id) == ["earlier", "later"]
 
 
 async def test_a_full_batch_does_not_wait(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
