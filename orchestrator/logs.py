@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Collection
-from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
