@@ -117,7 +117,7 @@ securityContext:
 volumes:
   - name: tmp
     emptyDir:
-      sizeLimit: {{ $.Values.tmpSize }}
+      sizeLimit: {{ include "cluster-code.text" $.Values.tmpSize | quote }}
   {{- with $values.extraVolumes }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
