@@ -74,7 +74,14 @@ class LogUnavailable(Unavailable):
 
 
 class ProviderUnavailable(Unavailable):
-    """The provider cannot be reached: says nothing about any session, whose last known status stands, marked stale."""
+    """The provider cannot be reached: says nothing about any session, whose last known status stands, marked stale.
+
+    `retry_after` are the seconds that it asks to be left alone, where it does.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ProviderFailure(ClusterCodeError):
