@@ -9,8 +9,7 @@ import asyncio
 import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
@@ -36,6 +35,8 @@ _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 _NAME = "busybox"
 # Seconds between two attempts to ask the cluster, at most.
 _PATIENCE = 10.0
+# Seconds that a page may take.
+_ANSWER = 15.0
 _AWAY: tuple[type[BaseException], ...] = (*UNAVAILABLE, ProviderUnavailable)
 
 
@@ -61,18 +62,15 @@ def configured() -> bool:
     return bool(os.environ.get("KUBECONFIG")) or ("KUBERNETES_SERVICE_HOST" in os.environ and _ACCOUNT.exists())
 
 
-@asynccontextmanager
-async def opened(options: Mapping[str, Any] | None = None) -> AsyncIterator[Cluster]:
-    """The cluster that a provider with these options has, or one with none. Raises ClusterCodeError."""
+def reached(options: Mapping[str, Any] | None = None) -> Cluster:
+    """The cluster that a provider with these options has, or one with none; to be closed. Raises SettingsError."""
+    from orchestrator.cluster import access
     from orchestrator.cluster.client import Cluster
-
     from orchestrator.providers.options import KubernetesOptions
 
-    cluster = Cluster.open(KubernetesOptions.load(options or {}), name=PROVIDER)
-    try:
-        yield cluster
-    finally:
-        await cluster.close()
+    known = KubernetesOptions.load(options or {})
+    way = access.find(known.kubeconfig, known.context, known.in_cluster)
+    return Cluster(way, name=PROVIDER, timeout=known.request_timeout)
 
 
 async def gone(cluster: Cluster, namespace: str) -> bool:
@@ -96,8 +94,8 @@ async def page(cluster: Cluster, url: str) -> str:
     parts = urlsplit(url)
     service, namespace = (parts.hostname or "").split(".")[:2]
     path = f"/api/v1/namespaces/{namespace}/services/{service}:{parts.port or 80}/proxy{parts.path}"
-    async with cluster.stream(path, {}) as lines:
-        return b"\n".join([line async for line in lines]).decode(errors="replace")
+    async with cluster.stream(path, idle=_ANSWER) as arriving:
+        return b"\n".join([line async for lines in arriving for line in lines]).decode(errors="replace")
 
 
 async def import_provider(connection: Connection, image: str) -> None:
@@ -178,10 +176,10 @@ async def _held(options: Mapping[str, Any]) -> str:
     """A busybox that all nodes hold, by a name with a tag; "" when there is none, or we may not ask."""
     nodes = 0
     found: Counter[str] = Counter()
-    async with opened(options) as cluster:
+    async with reached(options) as cluster:
         try:
             async for page in cluster.list("/api/v1/nodes", _Node):
-                for node in page:
+                for node in page.items:
                     if not node.spec.unschedulable:
                         nodes += 1
                         found.update({name for image in node.status.images or () for name in image.names or ()})

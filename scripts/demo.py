@@ -257,7 +257,7 @@ class Demo:
         if not cluster.configured():
             return
         try:
-            async with cluster.opened() as own:
+            async with cluster.reached() as own:
                 page = await cluster.page(own, url)
         except (ClusterCodeError, ValueError) as error:
             self._say(f"nor does the API server reach it for us: {error}")
@@ -271,7 +271,7 @@ class Demo:
             self._say(f"the namespace {namespace} is gone, says the server; with KUBECONFIG set the cluster is asked")
             return
         try:
-            async with cluster.opened() as own:
+            async with cluster.reached() as own:
                 gone = await cluster.gone(own, namespace)
         except ClusterCodeError as error:
             self._say(f"the cluster cannot be asked for the namespace {namespace}: {error}")
