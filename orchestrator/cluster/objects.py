@@ -108,11 +108,24 @@ class ContainerStatus(_Object, frozen=True):
     last_state: ContainerState = ContainerState()
 
 
+class Limits(_Object, frozen=True):
+    """`resources.limits` of a container, as quantities: `16Mi`."""
+
+    memory: str = ""
+
+
+class Resources(_Object, frozen=True):
+    """`resources` of a container."""
+
+    limits: Limits = Limits()
+
+
 class Container(_Object, frozen=True):
     """One of `spec.containers`."""
 
     name: str = ""
     image: str = ""
+    resources: Resources = Resources()
 
 
 class PodSpec(_Object, frozen=True):

@@ -18,6 +18,7 @@ from orchestrator.cluster.objects import (
     PROJECT,
     Claim,
     Condition,
+    Container,
     ContainerStatus,
     Deployment,
     Event,
@@ -37,6 +38,8 @@ CRASHES = 3
 _SETTLED = 10.0
 # Seconds after which what usually heals in a moment (a quota that counts a pod which is just gone, for instance) stays.
 _CONFIRMED = 5.0
+# Seconds after which a crash says nothing of what keeps a container from being ready now.
+_RECENT = 300.0
 # Of the last lines of a crashed container, so many are told, and so many bytes.
 _LINES, _LINES_LIMIT = 5, 500
 # Waiting for nothing but its turn.
@@ -338,6 +341,7 @@ def _troubles(pod: Pod, evidence: Evidence, rules: Rules, now: datetime) -> Iter
     if any(_waits(status) for status, _ in _statuses(pod)):
         yield from _setup(pod, evidence, rules)
     yield from _probes(pod, evidence)
+    yield from _revived(pod, evidence, now)
     if pod.status.container_statuses and all(one.ready for one in pod.status.container_statuses):
         yield from _lost(pod, evidence)
 
@@ -361,7 +365,7 @@ def _unscheduled(pod: Pod, scheduled: Condition, evidence: Evidence, rules: Rule
             "Unschedulable", f"{what}; the autoscaler brought none in time; {do}", words, wait, since, meanwhile
         )
         return
-    unhelped = ", and the autoscaler has none to add" if scaling is not None else ""
+    unhelped = ", and the cluster's autoscaler adds none" if scaling is not None else ""
     yield _Trouble("Unschedulable", f"{what}{unhelped}; {do}", words, _CONFIRMED, since)
 
 
@@ -424,6 +428,16 @@ def _probes(pod: Pod, evidence: Evidence) -> Iterator[_Trouble]:
             " `ready` in the machine config."
         )
         yield _Trouble("ProbeFailing", told, ("Unhealthy",), None, None, meanwhile)
+
+
+def _revived(pod: Pod, evidence: Evidence, now: datetime) -> Iterator[_Trouble]:
+    """Containers that run again after a crash and are not ready yet."""
+    for status in _in_order(pod, pod.status.container_statuses):
+        last = status.last_state.terminated
+        if status.state.running is None or status.ready or last is None or last.finished_at is None:
+            continue
+        if _age(last.finished_at, now) < _RECENT:
+            yield _crash(pod, status, last, evidence, status.name)
 
 
 def _lost(pod: Pod, evidence: Evidence) -> Iterator[_Trouble]:
@@ -511,8 +525,13 @@ def _in_order(pod: Pod, statuses: Sequence[ContainerStatus]) -> list[ContainerSt
 
 def _image(pod: Pod, status: ContainerStatus) -> str:
     """As it was asked for: the status has it as the node knows it."""
-    asked = (one.image for one in (*pod.spec.init_containers, *pod.spec.containers) if one.name == status.name)
-    return next(asked, "") or status.image or "(none)"
+    return _asked(pod, status).image or status.image or "(none)"
+
+
+def _asked(pod: Pod, status: ContainerStatus) -> Container:
+    """The container as it was asked for."""
+    asked = (one for one in (*pod.spec.init_containers, *pod.spec.containers) if one.name == status.name)
+    return next(asked, Container())
 
 
 def _waits(status: ContainerStatus) -> bool:
@@ -528,11 +547,7 @@ def _container(
     if ended is not None:
         if not (init and ended.exit_code == 0):
             yield _crash(pod, status, ended, evidence, who)
-    elif waiting is None:
-        last = status.last_state.terminated
-        if status.state.running is not None and last is not None and not status.ready and not init:
-            yield _crash(pod, status, last, evidence, who)
-    elif waiting.reason in _ON_ITS_WAY:
+    elif waiting is None or waiting.reason in _ON_ITS_WAY:
         return
     elif waiting.reason in _PULLING:
         yield _pull(pod, status, evidence, rules)
@@ -615,14 +630,15 @@ def _crash(pod: Pod, status: ContainerStatus, last: Terminated, evidence: Eviden
     backing_off = status.state.waiting is not None and status.state.waiting.reason == "CrashLoopBackOff"
     given_up = backing_off and status.restart_count + 1 >= CRASHES
     again = "is running again" if status.state.running is not None else "is being started again"
+    times = status.restart_count + (status.state.running is None)
     lines = evidence.previous_logs.get((pod.metadata.name, status.name), ())
     return _Trouble(
         reason,
-        f"{what}, {status.restart_count + 1} times by now{_last_words(lines)}; {do}",
+        f"{what}{f', {times} times by now' if times > 1 else ''}{_last_words(lines)}; {do}",
         words,
         0.0 if given_up else None,
         last.finished_at,
-        ("Restarting", f"{what} and {again}."),
+        ("Restarting", f"{what}, and {again}."),
     )
 
 
@@ -632,7 +648,9 @@ def _why_ended(
     """Reason, what happened, and what to do."""
     if last.reason == "OOMKilled":
         do = "ask for more memory in the machine config, or have it use less."
-        return "OOMKilled", f"{who} used more memory than it may and was killed", do
+        limit = plain(_asked(pod, status).resources.limits.memory)
+        what = f"{who} used more memory than {f'its {limit}' if limit else 'it may'} and was killed"
+        return "OOMKilled", what, do
     if last.reason in ("StartError", "ContainerCannotRun"):
         do = "correct its command and settings in the machine config."
         return "CrashLoop", f"{who} cannot be started{quoted(last.message)}", do

@@ -114,12 +114,16 @@ def pull_failure(container: str, image: str, kind: Pull, message: str) -> str:
             return f"{what} cannot be pulled{quoted(_cause(message))}; {_CORRECT_IMAGE}, or push it to {host}."
 
 
+# What was asked, before what came of it.
+_ADDRESS = re.compile(r'(?:Get|Head) "[^"]*": |dial tcp [^ ]*: (?:connect: )?')
+
+
 def _cause(message: str) -> str:
     """The innermost cause of a runtime's message: what follows the names of what was tried."""
     for tried in ("failed to do request: ", "failed to resolve reference ", "desc = ", "ErrImagePull: "):
         _, found, rest = message.rpartition(tried)
         if found:
-            return rest
+            return _ADDRESS.sub("", rest, count=1)
     return "" if message.startswith("Back-off pulling image") else message
 
 
@@ -146,7 +150,7 @@ _UNFIT = (
     ),
     (
         re.compile(r"(?:(\d+) )?node\(s\) exceed max volume count"),
-        "as many volumes as they can have",
+        "no room for more volumes",
         f"stop other sessions, or {_ASK_OPERATOR}.",
     ),
     (re.compile(r"(?:(\d+) )?Too many pods"), "too many pods", f"stop other sessions, or {_ASK_OPERATOR}."),
@@ -206,9 +210,12 @@ def unschedulable(message: str) -> tuple[str, str]:
         do = f"change the machine config, or {_ASK_OPERATOR}."
         return f"No node of the cluster can take the session{quoted(told)}", do
     nodes = _NODES.search(told)
-    of = f"None of {nodes[2]} nodes" if nodes else "No node"
-    parts = ", ".join(f"{count or 'one'} with {what}" for count, what, _ in found)
-    return f"{of} can take the session: {parts}", found[0][2]
+    if nodes is not None and nodes[2] == "1":
+        why = ", ".join(what for _, what, _ in found)
+        return f"The cluster's only node cannot take the session ({why})", found[0][2]
+    of = f"None of the {nodes[2]} nodes" if nodes is not None else "No node"
+    why = ", ".join(f"{count or 'one'} with {what}" for count, what, _ in found)
+    return f"{of} can take the session ({why})", found[0][2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,7 +455,6 @@ def volume_failure(claim: str, message: str) -> tuple[str, bool]:
 
 
 _PROBE = re.compile(r"(readiness|liveness|startup) probe (?:failed|errored|warning):? ?(.*)", re.IGNORECASE | re.DOTALL)
-_ADDRESS = re.compile(r'(?:Get|Head) "[^"]*": |dial tcp [^ ]*: (?:connect: )?')
 
 
 def probe(message: str) -> tuple[str, str]:
