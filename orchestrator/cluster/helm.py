@@ -61,7 +61,7 @@ class Helm:
     """One helm, pointed at one cluster. Every call is bounded by a deadline in seconds; cancelling one kills helm.
 
     `launcher` is put before the program: what ties a child's life to ours. With `in_cluster` helm uses the pod's
-    service account, else `kubeconfig` and `context`, or what it finds itself.
+    service account, else `kubeconfig` (several with `:` between them) and `context`, or what it finds itself.
     """
 
     def __init__(
@@ -75,13 +75,15 @@ class Helm:
     ) -> None:
         self._program = program
         self._launcher = tuple(launcher)
-        self._flags = [
-            f"--{name}={value}" for name, value in (("kubeconfig", kubeconfig), ("kube-context", context)) if value
-        ]
+        self._flags = [f"--kube-context={context}"] if context else []
         self._environment = {name: value for name, value in os.environ.items() if not _NOT_PASSED_ON.match(name)}
         if in_cluster:
             # An empty configuration is what makes client-go look for the service account.
             self._environment["KUBECONFIG"] = os.devnull
+        elif kubeconfig:
+            # Not as a flag, which takes no more than one.
+            paths = kubeconfig.split(os.pathsep)
+            self._environment["KUBECONFIG"] = os.pathsep.join(str(Path(one).expanduser()) for one in paths)
         self._version: tuple[int, int] | None = None
 
     async def check(self) -> tuple[int, int]:

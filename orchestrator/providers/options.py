@@ -51,8 +51,8 @@ class LocalOptions:
 class KubernetesOptions:
     """One cluster, and how sessions run there. All times are in seconds."""
 
-    # The way in: a file, and which of its contexts (None: its current one). Without any of the three: the service
-    # account where there is one, else KUBECONFIG, else ~/.kube/config.
+    # The way in: a file (or several, with `:` between them), and which of its contexts (None: its current one). Without
+    # any of the three: KUBECONFIG, else the service account of the pod that we run in, else ~/.kube/config.
     kubeconfig: str | None = None
     context: str | None = None
     in_cluster: bool | None = None

@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.errors import SettingsError
 from orchestrator.providers.contract import LogSink, Provider
 from orchestrator.providers.local import LocalProvider
-from orchestrator.providers.options import LocalOptions
+from orchestrator.providers.options import KubernetesOptions, LocalOptions
 
 
 def open_provider(
@@ -29,6 +29,12 @@ def open_provider(
     if kind == "local":
         schemes = {"repo_schemes": list(repo_schemes)} if repo_schemes is not None else {}
         return LocalProvider(data_dir, sink, LocalOptions.load({**schemes, **options}, provider=name))
+    if kind == "kubernetes":
+        # Its client is large, and who has no cluster shall not pay for it.
+        from orchestrator.providers.kubernetes import KubernetesProvider
+
+        return KubernetesProvider(name, KubernetesOptions.load(options, provider=name))
     raise SettingsError(
-        f"The provider {name!r} is of the kind {kind!r}, which this version cannot run: known is 'local'."
+        f"The provider {name!r} is of the kind {kind!r}, which this version cannot run:"
+        " known are 'local' and 'kubernetes'."
     )
