@@ -54,9 +54,9 @@ class Case:
 CASES = tuple(Case(name, path.stem) for name in NAMES for path in sorted((_HERE / "values" / name).glob("*.yaml")))
 
 
-def helm(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def helm(*arguments: str, stdin: str = "", timeout: float = 50) -> subprocess.CompletedProcess[str]:
     """Run helm to its end, whatever it is."""
-    return subprocess.run([HELM, *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=50)
+    return subprocess.run([HELM, *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=timeout)
 
 
 def template(case: Case, **values: Any) -> subprocess.CompletedProcess[str]:

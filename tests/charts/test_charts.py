@@ -213,7 +213,7 @@ def test_a_new_version_of_a_chart_restarts_no_session() -> None:
     "values",
     [
         {},
-        {"resources": {"cpu": 0.1, "memory": "256Mi"}},
+        {"resources": {"cpu": 0.1, "memory": "64Mi"}},
         {"resources": {"cpu": "7", "memory": 8589934592}},
         {"resources": {"cpu": "1500m", "memory": "3G"}, "services": {"chat": {"enabled": False}}},
         {"services": {"vscode": {"resources": {"limits": {"cpu": "1", "memory": "3Gi"}}}}},
@@ -226,10 +226,13 @@ def test_containers_share_the_whole_and_the_quota_has_room_for_the_next_pod(valu
     found = chart.rendered(SESSION, **values, **clone)
     pod = chart.only("Deployment", found)["spec"]["template"]["spec"]
     hard = chart.only("ResourceQuota", found)["spec"]["hard"]
-    most = chart.only("LimitRange", found)["spec"]["limits"][0]["max"]
+    limits = chart.only("LimitRange", found)["spec"]["limits"][0]
+    most = limits["max"]
     totals = {"cpu": "2000m", "memory": "4Gi"} | values.get("resources", {})
     assert hard["pods"] == "2"
     for resource, parse in (("cpu", parse_cores), ("memory", parse_bytes)):
+        # Kubernetes refuses a LimitRange where it is otherwise.
+        assert parse(limits["defaultRequest"][resource]) <= parse(limits["default"][resource]) <= parse(most[resource])
         whole = parse(totals[resource])
         for kind in ("limits", "requests"):
             each = [parse(one["resources"][kind][resource]) for one in pod["containers"]]

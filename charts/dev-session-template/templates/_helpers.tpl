@@ -103,6 +103,13 @@ of what the others leave of the totals; who has no request of its own requests a
 {{- printf "%d%s" (mul (first .) (trimSuffix $unit (last .) | int64)) $unit }}
 {{- end }}
 
+{{/* The smaller of two quantities: (list "cpu" one other). */}}
+{{- define "session.smaller" -}}
+{{- $number := ternary "session.milli" "session.bytes" (eq (first .) "cpu") -}}
+{{- $one := index . 1 -}}
+{{- if le (include $number $one | float64) (include $number (last .) | float64) }}{{ $one }}{{ else }}{{ last . }}{{ end }}
+{{- end }}
+
 {{/* How a probe asks whether a service is ready. */}}
 {{- define "session.ready" -}}
 {{- if .ready -}}
