@@ -225,6 +225,10 @@ class Cluster:
         body = _encode({"spec": {"replicas": replicas}})
         await self._ask(_Request("PATCH", f"{path}/scale", {}, body, _PATCHES["merge"]))
 
+    async def read(self, path: str, **params: str) -> bytes:
+        """What the API answers as it is: what a service says behind its proxy, for instance."""
+        return await self._ask(_Request("GET", path, params))
+
     async def version(self) -> Version:
         """The version of the API server."""
         return await self.get("/version", Version)
