@@ -181,7 +181,7 @@ _NO_CLAIM = re.compile(r'persistentvolumeclaim "([^"]+)" (?:not found|is being d
 
 def unbound(message: str) -> bool:
     """Whether the scheduler waits for a volume."""
-    return bool(_UNBOUND.search(message) or _NO_CLAIM.search(message))
+    return bool(_UNBOUND.search(message))
 
 
 def unschedulable(message: str) -> tuple[str, str]:
