@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, validate
@@ -91,6 +92,42 @@ class WholeInQuery(fields.Integer):
         if not isinstance(value, str) or not value.isascii() or not value.isdecimal() or len(value) > 19:
             raise self.make_error("invalid")
         return int(value)
+
+
+class FlagInQuery(fields.Boolean):
+    """true or false, in a query string."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
+        if value not in ("true", "false"):
+            raise self.make_error("invalid", input=value)
+        return bool(value == "true")
+
+
+_AGO = re.compile(r"([0-9]{1,9})([smhd]?)")
+_MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?(Z|[+-][0-9]{2}:[0-9]{2})")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Since(fields.Field[datetime]):
+    """A moment in a query string: RFC 3339, or how long ago (`90s`, `10m`, `2h`, `1d`; a bare number are seconds)."""
+
+    default_error_messages = {  # noqa: RUF012  As the parent has it.
+        "invalid": "Must be a moment such as 2026-03-01T12:00:00Z, or how long ago: 90s, 10m, 2h or 1d."
+    }
+
+    def __init__(self, **kwargs: Any) -> None:
+        pattern = f"^({_AGO.pattern}|{_MOMENT.pattern})$"
+        super().__init__(metadata={"type": "string", "pattern": pattern, **kwargs.pop("metadata", {})}, **kwargs)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> datetime:
+        try:
+            if ago := _AGO.fullmatch(value):
+                return datetime.now(UTC) - timedelta(seconds=int(ago[1]) * _UNITS[ago[2]])
+            if _MOMENT.fullmatch(value):
+                return datetime.fromisoformat(value).astimezone(UTC)
+        except (ValueError, OverflowError) as error:
+            raise self.make_error("invalid") from error
+        raise self.make_error("invalid")
 
 
 class Flag(fields.Boolean):

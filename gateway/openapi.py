@@ -101,6 +101,8 @@ def _describe(route: web.RouteDef, declared: Operation) -> dict[str, Any]:
         "parameters": parameters,
         "responses": {str(status): _answer(status, schema) for status, schema in declared.answers.items()},
     }
+    for media_type, schema in declared.formats.items():
+        described["responses"]["200"]["content"][media_type] = {"schema": schema or {"type": "string"}}
     problem = {"application/problem+json": {"schema": Problem}}
     described["responses"]["4XX"] = {"description": "The request was refused.", "content": problem}
     described["responses"]["5XX"] = {"description": "Try again later.", "content": problem}

@@ -81,6 +81,8 @@ class Operation:
     database: Database = Database.READ
     # Counted against the stricter limit that guards passwords.
     login_limit: bool = False
+    # Media types in which a client may have the answer 200 instead of JSON, each with its schema; None: text.
+    formats: Mapping[str, type[Schema] | None] = field(default_factory=dict)
     # Request headers that it reads, each as an OpenAPI parameter: `description` and `schema`.
     headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -115,7 +117,7 @@ class Call:
         return self.request[ADDRESS]
 
 
-Endpoint = Callable[[Call], Awaitable[web.Response]]
+Endpoint = Callable[[Call], Awaitable[web.StreamResponse]]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -332,6 +334,11 @@ def answer(
     if headers:
         response.headers.update(headers)
     return response
+
+
+def text(body: bytes) -> web.Response:
+    """An answer of plain text in UTF-8, that no cache keeps either."""
+    return web.Response(body=body, content_type="text/plain", charset="utf-8", headers={"Cache-Control": "no-store"})
 
 
 def _write(value: Any) -> str:

@@ -57,7 +57,7 @@ class Connection(Schema):
     replica = fields.String(required=True, metadata={"description": "The gateway that has it."})
     user_id = fields.Integer(required=True)
     token_id = fields.String(required=True, metadata={"description": "Revokes the token behind it; may be empty."})
-    transport = fields.String(required=True, metadata={"description": "websocket or sse"})
+    transport = fields.String(required=True, metadata={"description": "websocket, sse or logs"})
     address = fields.String(required=True)
     since = moment()
     channel_count = fields.Integer(required=True)

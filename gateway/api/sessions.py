@@ -16,7 +16,9 @@ from auth.projects import Project
 from gateway import idempotency
 from gateway.fields import (
     MAX_ID,
+    FlagInQuery,
     PageQuery,
+    Since,
     Text,
     Uuid,
     WholeInQuery,
@@ -25,7 +27,8 @@ from gateway.fields import (
     object_id_in_query,
     page_of,
 )
-from gateway.operation import Call, Database, PathKind, answer, operation, page
+from gateway.operation import Call, Database, PathKind, answer, operation, page, text
+from gateway.realtime import admission, output
 from orchestrator.sessions import store
 from orchestrator.sessions.state import Desired, Status
 
@@ -118,9 +121,22 @@ class SessionEvent(Schema):
 class LogsQuery(Schema):
     """Which lines of the output."""
 
-    tail = WholeInQuery(1, 5000, load_default=200)
+    tail = WholeInQuery(0, 5000, load_default=200)
     after = WholeInQuery(0, MAX_ID, metadata={"description": "The id of the last line already known."})
-    service = Text(most=64)
+    since = Since(
+        metadata={
+            "description": "Lines written then or later: a moment (RFC 3339), or how long ago it is (`90s`, `10m`, "
+            "`2h`, `1d`; a bare number are seconds)."
+        }
+    )
+    container = Text(most=64, metadata={"description": "Lines of one container, which is one service."})
+    service = Text(most=64, metadata={"description": "The same as `container`."})
+    follow = FlagInQuery(load_default=False, metadata={"description": "Go on with what is written from now on."})
+
+    @validates_schema
+    def _one_name(self, data: dict[str, Any], **_: Any) -> None:
+        if len({data[name] for name in ("container", "service") if name in data}) > 1:
+            raise ValidationError("Names another container than service does.", "container")
 
 
 class LogLine(Schema):
@@ -343,25 +359,56 @@ async def history(call: Call) -> web.Response:
     return answer(page(items, found.total, query, exact=found.total_is_exact))
 
 
-@operation("Read a session's output", tag="sessions", path=_ONE, query=LogsQuery, answers={200: LogLines})
-async def logs(call: Call) -> web.Response:
-    """The last `tail` lines, or the first `tail` after the line `after`, in their order."""
+@operation(
+    "Read a session's output",
+    tag="sessions",
+    path=_ONE,
+    query=LogsQuery,
+    answers={200: LogLines},
+    formats={output.JSON_LINES.content_type: LogLine, output.TEXT.content_type: None},
+)
+async def logs(call: Call) -> web.StreamResponse:
+    """The last `tail` lines, or the first `tail` after the line `after`, in their order.
+
+    With `follow` the answer goes on with each line as it is written, once and in order: as `application/x-ndjson`, a
+    LogLine a line, where empty lines are heartbeats. With `tail=0` only new ones; with `after` all that came
+    after that line, so that a client that was cut off misses nothing. The stream ends when the session is deleted, the
+    permission or the token ends, or the server does: then its last line is one of the stream `system` with the key
+    `end` (`code`, `reason`, and whether to `reconnect`). A client that takes nothing for 35 s is given up.
+
+    Whoever accepts `text/plain` gets lines to read: `2026-03-01T11:02:03.5Z preview | listening`, without heartbeats.
+    """
+    query, request = call.query, call.request
+    service = query.get("container", query.get("service"))
+    form = output.format_for(request.headers.get("Accept", ""))
+    if query["follow"] and request.method == "GET":
+        return await _follow(call, service, form)
     session = await _permitted(call, Action.SESSION_READ)
-    query = call.query
     records = await store.logs(
-        call.connection, session.id, tail=query["tail"], after=query.get("after"), service=query.get("service")
+        call.connection,
+        session.id,
+        tail=query["tail"],
+        after=query.get("after"),
+        service=service,
+        since=query.get("since"),
     )
-    items = [
-        {
-            "id": record.id,
-            "at": record.at,
-            "service": record.service,
-            "stream": record.stream,
-            "line": record.line,
-        }
-        for record in records
-    ]
-    return answer({"items": items})
+    items = [output.item_of(record) for record in records]
+    return text(output.TEXT.render(items)) if form is output.TEXT else answer({"items": items})
+
+
+async def _follow(call: Call, service: str | None, form: output.Format) -> web.StreamResponse:
+    query, context = call.query, call.context
+    admission.require_service(context)
+    # Before anything is believed: what changes from now on is told to the connection.
+    generation = context.hub.generation
+    grant = await admission.grant_of_bearer(call.request, call.connection)
+    session = await _permitted(call, Action.SESSION_READ)
+    since, after = query.get("since"), query.get("after")
+    begin = after
+    if begin is None:
+        begin = await store.logs_begin(call.connection, session.id, tail=query["tail"], service=service, since=since)
+    wish = output.Wish(session.id, begin, service, since, resumed=bool(after))
+    return await output.follow(call.request, grant, generation, wish, form)
 
 
 async def _record(call: Call, action: str, session_id: int, **details: Any) -> None:

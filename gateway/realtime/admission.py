@@ -15,7 +15,7 @@ from auth.errors import Forbidden
 from auth.permissions import Identity, Scope, has_scope
 from auth.tokens import ShortGrant
 from gateway.context import CONTEXT, Context
-from gateway.operation import ADDRESS
+from gateway.operation import ADDRESS, bearer
 from gateway.problems import Problem
 from gateway.realtime import authorization, liveness, recovery
 from gateway.realtime.connection import Connection
@@ -55,7 +55,7 @@ class Admission:
 def require_way_in(request: web.Request) -> None:
     """Raise Problem while nobody is served (503), or when the page that asks is none of ours (403)."""
     context = request.app[CONTEXT]
-    _require_service(context)
+    require_service(context)
     require_origin(request.headers.get("Origin"), request.host, context.settings.cors_origins)
 
 
@@ -75,7 +75,7 @@ async def admit_bearer(request: web.Request, grant: ShortGrant, generation: int)
     `orchestrator.database.UNAVAILABLE` for one that is refused.
     """
     context = request.app[CONTEXT]
-    hub, identity = context.hub, grant.identity
+    identity = grant.identity
     if not has_scope(identity, Scope.READ):
         raise Forbidden(f"This token lacks the scope {Scope.READ.value!r} that connecting takes.")
     channels = _channels(request, identity, context.settings.realtime.channels_per_connection)
@@ -86,15 +86,29 @@ async def admit_bearer(request: web.Request, grant: ShortGrant, generation: int)
     if refused:
         name, error = next(iter(refused.items()))
         raise Problem(403, f"Subscribing to {name[:200]!r} is refused: {error}", errors={"channels": [str(error)]})
-    # Draining may have begun meanwhile.
-    _require_service(context)
-    if not hub.admit(identity.user_id):
+    count(context, identity.user_id)
+    return Admission(grant, channels, generation)
+
+
+def count(context: Context, user_id: int) -> None:
+    """Count one more connection of this user: it is to be begun, or given back by `hub.leave`. Raises Problem."""
+    # Draining may have begun since the request came.
+    require_service(context)
+    if not context.hub.admit(user_id):
         raise Problem(
             429,
             f"This user has {context.settings.realtime.connections_per_user} connections already: close one.",
             headers={"Retry-After": _RETRY_LIMIT},
         )
-    return Admission(grant, channels, generation)
+
+
+async def grant_of_bearer(request: web.Request, sql: Sql) -> ShortGrant:
+    """What the main or API token of the request's `Authorization` grants a connection. Raises Unauthenticated."""
+    tokens, main = request.app[CONTEXT].tokens, bearer(request)
+    standing = await authorization.standing(sql, (await tokens.authenticate(sql, main)).user_id)
+    # Again: voided between the two, it would be taken for a token of after that.
+    identity = await tokens.authenticate(sql, main)
+    return ShortGrant(identity, None, identity.expires_at, standing.valid_from if standing else 0.0)
 
 
 def begin(context: Context, connection: Connection, stream: Stream, generation: int, since: str | None) -> None:
@@ -119,7 +133,8 @@ def address_of(request: web.Request) -> str:
     return sys.intern(request.get(ADDRESS) or request.remote or "")
 
 
-def _require_service(context: Context) -> None:
+def require_service(context: Context) -> None:
+    """Raise Problem (503) while nobody is served."""
     if context.hub.draining:
         raise Problem(503, "The server is shutting down: try another.", headers={"Retry-After": _RETRY_DRAINING})
     if not context.feed.ready:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from email.utils import formatdate
 from typing import ClassVar
 from uuid import UUID
 
@@ -26,9 +24,8 @@ from aiohttp import web
 from auth.errors import Unauthenticated
 from auth.tokens import ShortGrant
 from gateway.context import CONTEXT, Context
-from gateway.operation import bearer
 from gateway.problems import Problem
-from gateway.realtime import admission, authorization, frames, protocol, upgrade
+from gateway.realtime import admission, frames, protocol, upgrade
 from gateway.realtime.connection import Connection
 from gateway.realtime.history import History
 from gateway.realtime.stream import Stream
@@ -114,7 +111,7 @@ class EventConnection(Connection):
             self._end(int.from_bytes(data[2:4], "big"))
             return
         if data == protocol.PING:
-            # Nobody answers a comment. TCP does, and gives up by itself: see `_expect_life`.
+            # Nobody answers a comment. TCP does, and gives up by itself: see `upgrade.expect_life`.
             self.pong_due = None
         self._put(data)
 
@@ -149,13 +146,6 @@ class EventStream(Stream):
         self._context.hub.stalled(self._events, self._events.written)
 
 
-class _Written(upgrade.Answer):
-    """An answer that aiohttp is told of, and does not write."""
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Do nothing: it was written."""
-
-
 async def handle(request: web.Request) -> web.StreamResponse:
     """Answer with the beginning of the stream, which goes on without this handler.
 
@@ -165,7 +155,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     admission.require_way_in(request)
     last_id = request.headers.get("Last-Event-ID")
     admitted = await admission.admit(request, lambda sql: _redeem(request, sql, comes_back=bool(last_id)))
-    answer = _Written(headers=_HEADERS)
+    answer = upgrade.Written(headers=_HEADERS)
     try:
         await request.app.on_response_prepare.send(request, answer)
         transport, _ = upgrade.take_over(request)
@@ -175,8 +165,9 @@ async def handle(request: web.Request) -> web.StreamResponse:
     except BaseException:
         context.hub.leave(admitted.grant.identity.user_id)
         raise
-    _expect_life(transport, context)
-    transport.write(_head(answer))
+    settings = context.settings.realtime
+    upgrade.expect_life(transport, settings.ping_interval, settings.ping_interval + settings.pong_timeout)
+    transport.write(upgrade.head(answer) + f"retry: {random.randint(*_RETRY)}\n\n".encode())
     connection = EventConnection(
         transport=transport,
         encoder=context.encoder,
@@ -192,31 +183,11 @@ async def handle(request: web.Request) -> web.StreamResponse:
 async def _redeem(request: web.Request, sql: Sql, *, comes_back: bool) -> ShortGrant:
     tokens = request.app[CONTEXT].tokens
     if "Authorization" in request.headers:
-        main = bearer(request)
-        standing = await authorization.standing(sql, (await tokens.authenticate(sql, main)).user_id)
-        # Again: voided between the two, it would be taken for a token of after that.
-        identity = await tokens.authenticate(sql, main)
-        return ShortGrant(identity, None, identity.expires_at, standing.valid_from if standing else 0.0)
+        return await admission.grant_of_bearer(request, sql)
     token = request.query.get("token")
     if not token:
         raise Unauthenticated("A token is missing: pass ?token={short_token}, or Authorization: Bearer {main token}.")
     return await tokens.redeem_stream(sql, token, admission.address_of(request), comes_back=comes_back)
-
-
-def _head(answer: web.StreamResponse) -> bytes:
-    """The head of the answer, and how long to wait before coming back."""
-    headers = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
-    date = formatdate(usegmt=True)
-    return f"HTTP/1.1 200 OK\r\n{headers}Date: {date}\r\n\r\nretry: {random.randint(*_RETRY)}\n\n".encode()
-
-
-def _expect_life(transport: asyncio.Transport, context: Context) -> None:
-    """Have the kernel give up a client that acknowledges nothing for as long as a WebSocket may owe its pong."""
-    own = transport.get_extra_info("socket")
-    settings = context.settings.realtime
-    if own is not None and own.family in (socket.AF_INET, socket.AF_INET6) and hasattr(socket, "TCP_USER_TIMEOUT"):
-        patience = int((settings.ping_interval + settings.pong_timeout) * 1000)
-        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
 
 
 def _refuse(context: Context, jti: UUID | None) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import socket
 from base64 import b64decode, b64encode
+from email.utils import formatdate
 from hashlib import sha1
 
 from aiohttp import HttpVersion11, web
@@ -27,6 +29,36 @@ class Answer(web.StreamResponse):
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Do nothing: aiohttp calls this after the handler."""
+
+
+class Written(Answer):
+    """An answer that aiohttp is told of, and does not write: its head is `head`."""
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Do nothing: it was written."""
+
+
+def head(answer: web.StreamResponse) -> bytes:
+    """The head of an answer with status 200, as it is sent."""
+    headers = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
+    return f"HTTP/1.1 200 OK\r\n{headers}Date: {formatdate(usegmt=True)}\r\n\r\n".encode()
+
+
+def expect_life(transport: asyncio.Transport, interval: float, patience: float) -> None:
+    """Have the kernel probe a client that is sent nothing every `interval` seconds, and give up one that acknowledges
+    nothing for `patience`."""
+    own = transport.get_extra_info("socket")
+    if own is None or own.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # tcp(7); not all of it is there on all systems.
+    for name, value in (
+        ("TCP_KEEPIDLE", max(1, int(interval))),
+        ("TCP_KEEPINTVL", max(1, int(patience - interval))),
+        ("TCP_USER_TIMEOUT", int(patience * 1000)),
+    ):
+        if hasattr(socket, name):
+            own.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class _Early:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from auth.projects import Project
 
 __all__ = [
-    "LogRecord", "Page", "Session", "SessionEvent", "change_machine", "count_by_status", "create", "events_page", "get",
-    "list_page", "logs", "public", "request",
+    "LogRecord", "Output", "Page", "Session", "SessionEvent", "change_machine", "count_by_status", "create",
+    "events_page", "get", "list_page", "logs", "logs_after", "logs_begin", "public", "request",
 ]  # fmt: skip
 
 # A total is counted up to here, and pages end here: what is beyond is found by filters.
@@ -65,6 +65,18 @@ class LogRecord:
     service: str
     stream: str
     line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Some of a session's lines, and its status when they were read.
+
+    `kept`: the line after which they come is still there. When it is not, more may have been pruned behind it.
+    """
+
+    status: str
+    kept: bool
+    records: list[LogRecord]
 
 
 async def create(
@@ -319,21 +331,74 @@ async def events_page(connection: Connection, session_id: int, *, page: int, pag
     return Page([SessionEvent(*row) for row in rows], min(total, COUNTED), total <= COUNTED)
 
 
+# Of the rows of `session_logs`: one session's, after a line, of one service or any, from a moment on or ever.
+_LINES = """session_id = $1 AND id > $2 AND ($3::text IS NULL OR service = $3)
+            AND ($4::timestamptz IS NULL OR at >= $4)"""
+
+
 async def logs(
-    connection: Connection, session_id: int, *, tail: int, after: int | None = None, service: str | None = None
+    connection: Connection,
+    session_id: int,
+    *,
+    tail: int,
+    after: int | None = None,
+    service: str | None = None,
+    since: datetime | None = None,
 ) -> list[LogRecord]:
-    """A session's output in its order: the last `tail` lines, or the first `tail` whose id is greater than `after`."""
+    """A session's output in its order: the last `tail` lines, or the first `tail` whose id is greater than `after`.
+
+    Only those of `service`, and those written at `since` or later.
+    """
     order = "DESC" if after is None else "ASC"
     rows = await connection.fetch(
         f"""SELECT id, session_id, at, service, stream, line FROM session_logs
-             WHERE session_id = $1 AND id > $2 AND ($3::text IS NULL OR service = $3) ORDER BY id {order} LIMIT $4""",  # noqa: S608  One of two words of ours.
+             WHERE {_LINES} ORDER BY id {order} LIMIT $5""",  # noqa: S608  Constants.
         session_id,
         after or 0,
         service,
+        since,
         tail,
     )
     records = [LogRecord(*row) for row in rows]
     return records[::-1] if after is None else records
+
+
+async def logs_begin(
+    connection: Connection, session_id: int, *, tail: int, service: str | None, since: datetime | None
+) -> int:
+    """The id after which a session's last `tail` lines come, and all that are to come: for `logs_after`."""
+    found: int = await connection.fetchval(
+        f"""SELECT coalesce(
+                (SELECT min(id) - 1 FROM (SELECT id FROM session_logs WHERE {_LINES} ORDER BY id DESC LIMIT $5) s),
+                (SELECT max(id) FROM session_logs WHERE session_id = $1), 0)""",  # noqa: S608  Constants.
+        session_id,
+        0,
+        service,
+        since,
+        tail,
+    )
+    return found
+
+
+async def logs_after(connection: Connection, session_id: int, after: int, limit: int) -> Output | None:
+    """The first `limit` lines after the line `after`, of all services; None when there is no such session any more.
+
+    Ids of a session's lines grow in the order in which they can be read, so that none comes before one that was read.
+    """
+    rows = await connection.fetch(
+        """SELECT s.status, EXISTS (SELECT FROM session_logs WHERE id = $2), l.*
+             FROM sessions s LEFT JOIN LATERAL (
+                  SELECT id, session_id, at, service, stream, line FROM session_logs
+                   WHERE session_id = s.id AND id > $2 ORDER BY id LIMIT $3) l ON true
+            WHERE s.id = $1 ORDER BY l.id""",
+        session_id,
+        after,
+        limit,
+    )
+    if not rows:
+        return None
+    records = [LogRecord(*values) for _, _, *values in rows if values[0] is not None]
+    return Output(rows[0][0], rows[0][1], records)
 
 
 async def count_by_status(connection: Connection) -> dict[str, int]:

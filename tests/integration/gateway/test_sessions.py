@@ -365,16 +365,59 @@ async def test_output_is_read_from_its_end_or_after_a_line(api: Api, ann: Person
 
     assert await lines() == [f"line {n}" for n in range(1, 11)]
     assert await lines("?tail=2") == ["line 9", "line 10"]
+    assert await lines("?tail=0") == []
     assert await lines("?service=chat&tail=2") == ["line 8", "line 10"]
+    assert await lines("?container=chat&service=chat&tail=2") == ["line 8", "line 10"]
     items = (await api.call("GET", path, ann)).json["items"]
     assert set(items[0]) == {"id", "at", "service", "stream", "line"}
     assert await lines(f"?after={items[3]['id']}&tail=2") == ["line 5", "line 6"]
     assert await lines(f"?after={2**63 - 1}") == []
 
 
+async def test_output_is_read_from_a_moment_on(api: Api, ann: Person) -> None:
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    await api.fetch(
+        """INSERT INTO session_logs (session_id, at, service, stream, line)
+           SELECT $1, now() - make_interval(hours => 10 - n), 'chat', 'stdout', 'line ' || n
+             FROM generate_series(1, 10) AS n""",
+        session["id"],
+    )
+    path = f"/api/v1/sessions/{session['id']}/logs"
+    moment = (await api.call("GET", f"{path}?tail=3", ann)).json["items"][0]["at"]
+    for since in ("150m", "9000", "9000s", moment, moment.replace("Z", "%2B00:00")):
+        found = (await api.call("GET", f"{path}?since={since}", ann)).json["items"]
+        assert [item["line"] for item in found] == ["line 8", "line 9", "line 10"], since
+    assert [one["line"] for one in (await api.call("GET", f"{path}?since=1d&tail=1", ann)).json["items"]] == ["line 10"]
+    assert (await api.call("GET", f"{path}?since=0&service=chat", ann)).json["items"] == []
+
+
+async def test_output_is_read_as_text_by_who_accepts_that(api: Api, ann: Person) -> None:
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    await api.fetch(
+        """INSERT INTO session_logs (session_id, at, service, stream, line) VALUES
+           ($1, '2026-03-01T11:02:03.5Z', 'preview', 'stdout', 'hällo'),
+           ($1, '2026-03-01T11:02:04Z', '', 'system', 'x')""",
+        session["id"],
+    )
+    path = f"/api/v1/sessions/{session['id']}/logs"
+    for accept in ("text/plain", "text/html, Text/Plain;q=0.5", "text/plain, application/json"):
+        read = await api.call("GET", path, ann, headers={"Accept": accept})
+        assert read.headers["Content-Type"] == "text/plain; charset=utf-8"
+        assert read.body.decode() == ("2026-03-01T11:02:03.500000Z preview | hällo\n2026-03-01T11:02:04Z system | x\n")
+    for accept in ("*/*", "", "application/json, text/plain", "text/html"):
+        assert (await api.call("GET", path, ann, headers={"Accept": accept})).json["items"], accept
+
+
+WRONG_OUTPUT = [
+    "tail=-1", "tail=5001", "after=-1", "service=", "container=" + "x" * 65, "lines=5", "follow=yes", "since=soon",
+    "since=10w", "since=-5m", "since=2026-13-01T00:00:00Z", "since=2026-01-01T00:00:00", "since=999999999d",
+    "since=0001-01-01T00:00:00%2B10:00", "container=a&service=b",
+]  # fmt: skip
+
+
 async def test_a_wrong_question_about_output_is_refused(api: Api, ann: Person) -> None:
     session = await api.session(ann, await api.project(ann.workspace_id))
-    for query in ("tail=0", "tail=5001", "after=-1", "service=", "service=" + "x" * 65, "lines=5"):
+    for query in WRONG_OUTPUT:
         answer = await api.call("GET", f"/api/v1/sessions/{session['id']}/logs?{query}", ann)
         assert (answer.status, list(answer.errors)) == (422, [query.split("=")[0]]), query
 
