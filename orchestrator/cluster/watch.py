@@ -13,7 +13,7 @@ What the API's documentation promises of watches, and what real ones do besides,
 - Nothing here looks at the time of day.
 
 The list is read in pages, and looked at in slices between which the loop goes on. What is held is not the objects but
-their encoding, a sixth of their size.
+their encoding (`packing`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import structlog
 
 from orchestrator.cluster.client import Cluster
 from orchestrator.cluster.objects import Meta, Status
+from orchestrator.cluster.packing import Packing
 from orchestrator.database import backoff
 from orchestrator.errors import ApiRefused, ProviderUnavailable
 
@@ -130,7 +131,6 @@ class _Expired(Exception):
     """What is watched must be listed again."""
 
 
-_pack = msgspec.msgpack.Encoder().encode
 _refusal = msgspec.json.Decoder(_Line[Status]).decode  # type: ignore[type-var]
 _named_line = msgspec.json.Decoder(_Line[_Named]).decode  # type: ignore[type-var]
 _named_item = msgspec.json.Decoder(_Named).decode
@@ -143,15 +143,12 @@ def _name_of(item: msgspec.Raw) -> _Name:
         return _Name()
 
 
-def lean(thing: T) -> T:
-    """What is held of an object, where nothing else is said: not annotations, owners, and labels of others' tools.
-
-    They are often larger than all the rest, and nobody asks for them again. A change has them.
-    """
-    meta = thing.metadata
-    labels = {name: value for name, value in meta.labels.items() if name.startswith("cluster-code.io/")}
-    slim = msgspec.structs.replace(meta, annotations={}, owner_references=[], labels=labels)
-    return cast(T, msgspec.structs.replace(cast(msgspec.Struct, thing), metadata=slim))
+def without_annotations(thing: T) -> T:
+    """What is held of an object, where nothing else is said: annotations may be larger than all the rest."""
+    if not thing.metadata.annotations:
+        return thing
+    metadata = msgspec.structs.replace(thing.metadata, annotations={})
+    return cast(T, msgspec.structs.replace(cast(msgspec.Struct, thing), metadata=metadata))
 
 
 class Informer(Generic[T]):
@@ -174,7 +171,7 @@ class Informer(Generic[T]):
         *,
         label_selector: str = "",
         field_selector: str = "",
-        keep: Callable[[T], T] = lean,
+        keep: Callable[[T], T] = without_annotations,
         page: int = 500,
         watch_for: float = 300.0,
         stall: float = 90.0,
@@ -192,7 +189,7 @@ class Informer(Generic[T]):
         self._keep = keep
         self._line: Callable[[bytes], _Line[T]] = msgspec.json.Decoder(_Line[type]).decode  # type: ignore[valid-type]
         self._item = msgspec.json.Decoder(type).decode
-        self._unpack = msgspec.msgpack.Decoder(type).decode
+        self._packing = Packing(type)
         self._namespaces: dict[str, dict[str, _Held]] = {}
         self._gone: dict[str, None] = {}
         self._round = 0
@@ -211,13 +208,13 @@ class Informer(Generic[T]):
     def get(self, namespace: str, name: str) -> T | None:
         """The object of this name ("" as the namespace of what is in none), as it was last seen."""
         held = self._namespaces.get(namespace, {}).get(name)
-        return self._unpack(held.body) if held else None
+        return self._packing.unpack(held.body) if held else None
 
     def held(self, namespace: str | None = None) -> Iterator[T]:
         """What is held of one namespace, or of all, as it was when this was called; each is decoded as it is taken."""
         spaces = self._namespaces.values() if namespace is None else [self._namespaces.get(namespace, {})]
         bodies = [held.body for space in spaces for held in space.values()]
-        return map(self._unpack, bodies)
+        return map(self._packing.unpack, bodies)
 
     # What happens. ---------------------------------------------------------------------------------------------------
 
@@ -233,7 +230,7 @@ class Informer(Generic[T]):
                         yield batch
             except (ProviderUnavailable, ApiRefused) as failed:
                 error = failed
-                asked = (failed.retry_after or 0.0) if isinstance(failed, ApiRefused) else 0.0
+                asked = failed.retry_after or 0.0
             if self.stats.lines > before:
                 failures = 0
             if error is None and time.monotonic() - begun >= _SHORT:
@@ -389,7 +386,8 @@ class Informer(Generic[T]):
             event = _named_line(line)
         except msgspec.DecodeError:
             return ProviderUnavailable(
-                f"{self._cluster.name} sent something else than a line of a watch of {self.path}: {line[:80]!r}"
+                f"The cluster {self._cluster.name} sent something that is no line of a watch of {self.path}: is it a"
+                f" Kubernetes? It begins with {line[:60]!r}."
             )
         if event.type == "ERROR":
             return self._refused(line)
@@ -410,7 +408,9 @@ class Informer(Generic[T]):
         if status.code == 410:
             return _Expired(status.message)
         if status.code == 429 or status.code >= 500:
-            return ProviderUnavailable(f"{self._cluster.name} ended a watch of {self.path}: {status.message}")
+            return ProviderUnavailable(
+                f"The cluster {self._cluster.name} ended a watch of {self.path}: {status.message}"
+            )
         return ApiRefused(status.code, status.reason, status.message, details=status.details)
 
     # The held. -------------------------------------------------------------------------------------------------------
@@ -449,7 +449,7 @@ class Informer(Generic[T]):
 
     def _hold(self, thing: T, version: int) -> None:
         meta = thing.metadata
-        body = _pack(self._keep(thing))
+        body = self._packing.pack(self._keep(thing))
         names = self._namespaces.setdefault(meta.namespace, {})
         held = names.get(meta.name)
         if held is None:
@@ -464,7 +464,7 @@ class Informer(Generic[T]):
         if not names:
             del self._namespaces[namespace]
         self._remember(held.uid)
-        return self._unpack(held.body)
+        return self._packing.unpack(held.body)
 
     def _remember(self, uid: str) -> None:
         self._gone[uid] = None
@@ -488,7 +488,9 @@ class Informer(Generic[T]):
         )
 
     def _troubled(self, error: Exception | None, failures: int) -> None:
-        self.trouble = error or ProviderUnavailable(f"{self._cluster.name} ends every watch of {self.path} at once")
+        self.trouble = error or ProviderUnavailable(
+            f"The cluster {self._cluster.name} ends every watch of {self.path} at once."
+        )
         # 1, 2, 4, 8, …: an outage of a day is told in some twelve lines.
         if failures & (failures - 1) == 0:
             log.warning(

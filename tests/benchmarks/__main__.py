@@ -5,13 +5,14 @@
     fanout        deliveries per CPU-second, against floors in C, nginx + nchan, Node ws, websockets and aiohttp
     connections   handshakes, memory of idle connections, the longest pause of the loop
     rabbitmq      from basic.publish to the browser
+    watch         10,000 pods that change 2,000 times a second, against a loop that only reads and parses
     rest          REST against a bare handler
     events        from a request's answer to its first event, and recovery
     idle          the embedded process at rest
     list          the session list of a small table and of a large one
 
-The first three can be run in parts, with rounds of any length: see `--help` of `python -m tests.benchmarks.fanout`,
-`.connections` and `.broker`, for example
+The first four can be run in parts, with rounds of any length: see `--help` of `python -m tests.benchmarks.fanout`,
+`.connections`, `.broker` and `.watch`, for example
 
     python -m tests.benchmarks.fanout one-at-a-time --servers ours,floor --seconds 2 --rounds 3
 """
@@ -30,14 +31,14 @@ from orchestrator import log_setup
 from orchestrator.database import connect
 from orchestrator.settings import DatabaseSettings, environment
 from scripts.embedded import embedded_postgres
-from tests.benchmarks import broker, connections, events, fanout, rest, session_list
+from tests.benchmarks import broker, connections, events, fanout, rest, session_list, watch
 from tests.benchmarks.report import Figure, show
 from tests.benchmarks.servers import Missing
 from tests.benchmarks.stage import cluster_code, fill, main_token, serve
 
 # What is measured on the embedded process, and all of it.
 EMBEDDED = ("rest", "events", "idle", "list")
-KINDS = ("fanout", "connections", "rabbitmq", *EMBEDDED)
+KINDS = ("fanout", "connections", "rabbitmq", "watch", *EMBEDDED)
 
 
 async def run(kinds: set[str]) -> list[Figure]:
@@ -89,7 +90,8 @@ async def _lists(url: str) -> list[Figure]:
 
 async def _measure(kinds: set[str]) -> list[Figure]:
     figures: list[Figure] = []
-    for kind, run_all in (("fanout", fanout.run), ("connections", connections.run), ("rabbitmq", broker.run)):
+    apart = {"fanout": fanout.run, "connections": connections.run, "rabbitmq": broker.run, "watch": watch.run}
+    for kind, run_all in apart.items():
         if kind in kinds:
             try:
                 figures += await run_all()

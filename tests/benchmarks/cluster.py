@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.cluster PORT PODS HISTORY
 
-It answers `/readyz` once the pods are there, and is told on its standard input, a line each:
+It prints `ready` once the pods are there, and is told on its standard input, a line each:
 
     change N RATE   change pods, N in all, RATE a second; answers `done` with the seconds that it took
-    compact         forget the history, so that watches are told 410; answers `done 0`
+    expire          forget the history, and tell the open watches; answers `done 0`
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ async def main(port: int, count: int, history: int) -> None:
             took = 0.0
             if line[0] == b"change":
                 took = await _change(api, pods, int(line[1]), float(line[2]))
-            elif line[0] == b"compact":
-                api.compact()
+            elif line[0] == b"expire":
+                api.expire()
             print("done", took, flush=True)
 
 

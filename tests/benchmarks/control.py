@@ -49,6 +49,12 @@ class Probe:
         self._clear()
         self._timer = self._loop.call_later(_TICK, self._tick)
 
+    def stop(self) -> None:
+        """Look no more."""
+        gc.callbacks.remove(self._collecting)
+        if self._timer is not None:
+            self._timer.cancel()
+
     def _tick(self) -> None:
         now, cpu = time.perf_counter(), time.thread_time()
         self._wall = max(self._wall, now - self._seen - _TICK)

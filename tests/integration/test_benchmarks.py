@@ -14,8 +14,9 @@ import asyncpg
 import orjson
 import psutil
 import pytest
+import uvloop
 
-from tests.benchmarks import fanout
+from tests.benchmarks import fanout, watch
 from tests.benchmarks.control import publication
 from tests.benchmarks.report import Progress
 from tests.benchmarks.servers import KINDS, Cores, Running, Stage, compiled, open_all
@@ -154,3 +155,14 @@ async def test_our_gateway_and_the_floors_lose_nothing_under_the_load(
     for sample in (one for kept in samples.values() for one in kept):
         assert (sample.errors, sample.missing) == (0, 0)
         assert sample.p50 > 0
+
+
+async def test_the_watch_and_its_floor_see_every_change_of_every_pod() -> None:
+    load = watch.Load(pods=1000, rate=2000, seconds=0.5, rounds=2)
+    with Progress("test") as progress:
+        measured = await asyncio.to_thread(uvloop.run, watch.measure(load, progress))
+    assert measured.floor_seen == measured.ours_seen == [1000, 1000]
+    assert len(measured.lists) == 4
+    assert all(lag > 0 for lag in measured.lags)
+    assert measured.held > 0
+    assert len(watch.figures(load, measured)) == 4

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from orchestrator.cluster.access import find
 from orchestrator.cluster.client import Cluster
 from tests.kubernetes import KubernetesApi
 
@@ -28,6 +29,6 @@ def kubeconfig(api: KubernetesApi, tmp_path: Path) -> Path:
 @pytest_asyncio.fixture
 async def cluster(kubeconfig: Path) -> AsyncIterator[Cluster]:
     """A client of the API."""
-    cluster = Cluster(kubeconfig)
+    cluster = Cluster(find(str(kubeconfig)))
     yield cluster
     await cluster.close()

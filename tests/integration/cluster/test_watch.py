@@ -7,10 +7,11 @@ import time
 from contextlib import aclosing
 from itertools import pairwise
 
+import msgspec
 import pytest
 
 from orchestrator.cluster.client import Cluster
-from orchestrator.cluster.objects import Namespace, Pod
+from orchestrator.cluster.objects import Meta, Namespace, Pod
 from orchestrator.cluster.watch import Informer
 from tests.integration.cluster.following import following
 from tests.kubernetes import NAMESPACES, PODS, KubernetesApi, pod
@@ -77,9 +78,8 @@ async def test_of_what_is_in_no_namespace_the_namespace_is_empty(api: Kubernetes
     assert informer.get("", "one") is not None
 
 
-async def test_a_change_has_everything_and_what_is_held_only_what_is_kept(api: KubernetesApi, cluster: Cluster) -> None:
-    ours = {"cluster-code.io/session": "1"}
-    given = pod("a", "one", labels={**ours, "other": "label"})
+async def test_a_change_has_everything_and_what_is_held_no_annotations(api: KubernetesApi, cluster: Cluster) -> None:
+    given = pod("a", "one", labels={"some": "label"})
     given["metadata"]["annotations"] = {"large": "x" * 1000}
     api.put(PODS, given)
     async with following(Informer(cluster, PODS, Pod)) as follower:
@@ -87,11 +87,18 @@ async def test_a_change_has_everything_and_what_is_held_only_what_is_kept(api: K
         (change,) = follower.changes
         held = follower.informer.get("one", "a")
     assert change.object.metadata.annotations == {"large": "x" * 1000}
-    assert change.object.metadata.labels == {**ours, "other": "label"}
-    assert held is not None
-    assert (held.metadata.labels, held.metadata.annotations) == (ours, {})
-    assert held.metadata.uid == change.object.metadata.uid
-    assert held.status == change.object.status
+    assert held == msgspec.structs.replace(
+        change.object, metadata=msgspec.structs.replace(change.object.metadata, annotations={})
+    )
+
+
+async def test_of_an_object_is_held_what_the_caller_keeps(api: KubernetesApi, cluster: Cluster) -> None:
+    api.put(PODS, pod("a", "one"))
+    informer = Informer(cluster, PODS, Pod, keep=lambda pod: Pod(metadata=Meta(name=pod.metadata.name)))
+    async with following(informer) as follower:
+        await follower.until(lambda: follower.syncs == 1)
+        assert list(informer.held()) == [Pod(metadata=Meta(name="a"))]
+        assert follower.changes[0].object.status.phase == "Running"
 
 
 async def test_only_what_has_the_label_is_seen_and_what_loses_it_is_deleted(
