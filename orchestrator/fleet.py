@@ -1,14 +1,15 @@
 """The providers that are open in this process: opened, changed and closed as the table `providers` says.
 
-Each is watched (what happens to its sessions by themselves) and checked regularly (`providers.state`). One whose
-sessions live in the process that opened it is opened by one orchestrator at a time: the others wait for its lock
-(`holds`), leave its sessions alone meanwhile, and take them over when its holder dies.
+Each is watched (what happens to its sessions by themselves; by a bridge, where it is of such a kind) and checked
+regularly (`providers.state`). One whose sessions live in the process that opened it is opened by one orchestrator at a
+time: the others wait for its lock (`holds`), leave its sessions alone meanwhile, and take them over when its holder
+dies.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -19,7 +20,7 @@ import structlog
 from orchestrator.database import UNAVAILABLE, Pool, backoff
 from orchestrator.errors import ClusterCodeError, HeldElsewhere, ProviderUnavailable
 from orchestrator.holds import Holds
-from orchestrator.providers.contract import IN_PROCESS, LogSink, Observation, Provider
+from orchestrator.providers.contract import IN_PROCESS, WATCHED, LogSink, Observation, Provider
 from orchestrator.sessions import leases
 
 log = structlog.get_logger("providers")
@@ -43,6 +44,8 @@ class OpenProvider(Protocol):
         ...
 
 
+# Looks after all sessions of a provider of a kind in WATCHED, by its id and name, until cancelled.
+RunBridge: TypeAlias = Callable[[int, str, Any], Coroutine[Any, Any, None]]
 # Told of a session's id and what its provider saw.
 OnObservation: TypeAlias = Callable[[int, Observation], Awaitable[None]]
 
@@ -90,6 +93,7 @@ class Fleet:
         sink: LogSink,
         on_observation: OnObservation,
         on_change: Callable[[], None],
+        run_bridge: RunBridge,
     ) -> None:
         self._pool = pool
         self._holds = holds
@@ -98,6 +102,7 @@ class Fleet:
         self._sink = sink
         self._on_observation = on_observation
         self._on_change = on_change
+        self._run_bridge = run_bridge
         self._members: dict[int, _Member] = {}
         self._held: frozenset[int] = frozenset()
         self._refreshing = asyncio.Lock()
@@ -123,6 +128,15 @@ class Fleet:
     def held(self) -> frozenset[int]:
         """The providers that this orchestrator alone has open."""
         return self._held
+
+    @property
+    def watched(self) -> list[int]:
+        """The open providers whose sessions a bridge looks after."""
+        return [
+            provider_id
+            for provider_id, member in self._members.items()
+            if member.provider is not None and member.config.kind in WATCHED
+        ]
 
     @property
     def elsewhere(self) -> list[int]:
@@ -177,7 +191,7 @@ class Fleet:
                     why = f"Another orchestrator runs the provider {config.name!r}."
                     self._members[provider_id] = _Member(config, why=why, elsewhere=True)
                 else:
-                    self._members[provider_id] = self._open(config)
+                    self._members[provider_id] = self._open(provider_id, config)
                     changed = True
         if changed:
             self._on_change()
@@ -237,7 +251,7 @@ class Fleet:
                     provider_id,
                 )
 
-    def _open(self, config: _Config) -> _Member:
+    def _open(self, provider_id: int, config: _Config) -> _Member:
         member = _Member(config)
         if not config.enabled:
             member.why = f"The provider {config.name!r} is disabled."
@@ -252,7 +266,11 @@ class Fleet:
             log.exception("provider cannot be opened", provider=config.name, kind=config.kind)
             return member
         log.info("provider opened", provider=config.name, kind=config.kind)
-        member.watch = asyncio.create_task(self._watch(config.name, member.provider), name=f"watch {config.name}")
+        if config.kind in WATCHED:
+            watch = self._bridge(provider_id, config.name, member.provider)
+        else:
+            watch = self._watch(config.name, member.provider)
+        member.watch = asyncio.create_task(watch, name=f"watch {config.name}")
         return member
 
     async def _close(self, member: _Member) -> None:
@@ -280,6 +298,19 @@ class Fleet:
                 log.warning("watch lost", provider=name, error=str(error))
             except Exception:
                 log.exception("watch broke", provider=name)
+            failures = failures + 1 if monotonic() - began < TOUCH_INTERVAL else 1
+            await asyncio.sleep(backoff(failures, cap=30.0))
+
+    async def _bridge(self, provider_id: int, name: str, provider: Provider) -> None:
+        """Run the provider's bridge, for ever, whatever it dies of."""
+        failures = 0
+        while True:
+            began = monotonic()
+            try:
+                await self._run_bridge(provider_id, name, provider)
+                log.warning("bridge ended by itself", provider=name)
+            except Exception:
+                log.exception("bridge broke", provider=name)
             failures = failures + 1 if monotonic() - began < TOUCH_INTERVAL else 1
             await asyncio.sleep(backoff(failures, cap=30.0))
 

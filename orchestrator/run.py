@@ -10,6 +10,8 @@ from typing import Any
 import structlog
 
 from orchestrator import events, fleet
+from orchestrator.bridge.bridge import Bridges
+from orchestrator.bridge.statuses import Look
 from orchestrator.database import UNAVAILABLE, Pool, Wakeup, backoff, guard, leadership, listen, require_schema
 from orchestrator.eventlog import dead_letters, outbox
 from orchestrator.eventlog.contract import EventLog, Exchange
@@ -81,8 +83,10 @@ class Orchestrator:
             sink=self._logs.sink,
             on_observation=lambda session_id, seen: self._observer.look(session_id, seen),
             on_change=self._look_anew,
+            run_bridge=lambda provider_id, name, provider: self.bridges.run(provider_id, name, provider),
         )
         self._observer = Observer(settings, pool, self._work, self._fleet.find)
+        self.bridges = Bridges(database_settings, pool, self._logs, Look(self._observer.look, settings.start_deadline))
         self._reconciler = Reconciler(settings, pool, self._work, self._fleet.find, lambda: self._fleet.elsewhere)
         self._culled_at: float | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -185,8 +189,9 @@ class Orchestrator:
         """As the leader: inspect what should run, at once and then regularly; end what time has ended."""
         async with leadership(self._database_settings, LEADER_KEY) as connection:
             while True:
-                # What another holds, and what we do, is not for the leader: `_look_after_own`.
-                await self._observer.resync(connection, without=[*self._fleet.held, *self._fleet.elsewhere])
+                # What another holds, and what we do, is not for the leader: `_look_after_own`. A bridge sees all.
+                without = [*self._fleet.held, *self._fleet.elsewhere, *self._fleet.watched]
+                await self._observer.resync(connection, without=without)
                 if self._culled_at is None or monotonic() >= self._culled_at + CULL_INTERVAL:
                     await cull(connection, self._settings)
                     self._culled_at = monotonic()

@@ -16,7 +16,7 @@ from orchestrator.database import Connection, Pool, Wakeup
 from orchestrator.errors import HeldElsewhere, NotFound, ProviderUnavailable
 from orchestrator.providers.contract import Observation
 from orchestrator.sessions import record, steps, store
-from orchestrator.sessions.record import After, Session
+from orchestrator.sessions.record import Session
 from orchestrator.sessions.state import Desired
 from orchestrator.sessions.steps import Changes, FindProvider
 from orchestrator.settings import OrchestratorSettings
@@ -76,13 +76,7 @@ class Observer:
         except HeldElsewhere:
             return
         except ProviderUnavailable as error:
-            away: Changes = {
-                "stale": True,
-                "reason": "ProviderUnavailable",
-                "message": str(error),
-                "attempts": 1,
-                "next_attempt_at": After(0.5),
-            }
+            away = steps.away(str(error))
             await self._record(session, lambda _: away)
             return
         except Exception:

@@ -84,6 +84,17 @@ def done(session: Session, **changes: Any) -> Changes:
     }
 
 
+def away(why: str) -> Changes:
+    """What an outage of its provider makes of a session whose request is carried out: the last status stands."""
+    return {
+        "stale": True,
+        "reason": "ProviderUnavailable",
+        "message": why,
+        "attempts": 1,
+        "next_attempt_at": After(0.5),
+    }
+
+
 def stopped(session: Session, status: Status, reason: str, message: str) -> Changes:
     """A final status without endpoints."""
     return done(session, status=status.value, reason=reason, message=message, **endpoint_columns(None))
