@@ -356,7 +356,7 @@ class _Chosen:
     def _data(self, what: str, data: str | None, path: str | None) -> bytes | None:
         if data:
             try:
-                return base64.b64decode(data)
+                return base64.b64decode("".join(data.split()), validate=True)
             except (binascii.Error, ValueError):
                 raise ProviderUnavailable(f"{self.name} has {what}-data that is no base64: correct it.") from None
         return _read(Path(path)) if path else None
