@@ -1,6 +1,6 @@
 """Helm, run as a child that ends with us: its arguments, its errors in our words.
 
-Values go in over a pipe: a command line is for all to see. What helm prints is parsed and never logged as it is, since
+Values go in over stdin: a command line is for all to see. What helm prints is parsed and never logged as it is, since
 it repeats values. No secret may be in the values either: Helm keeps them, and `helm get values` shows them.
 """
 
@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -138,14 +139,18 @@ class Helm:
 
     async def _run(self, verb: str, *arguments: str, stdin: bytes = b"", deadline: float) -> bytes:
         flags = [] if verb == "version" else self._flags
-        process = await asyncio.create_subprocess_exec(
-            *self._launcher, self._find(), verb, *arguments, *flags,
-            env=self._environment, start_new_session=True,
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+        # A file without a name, and no pipe: helm may end before it has read all, or anything, of it.
+        with tempfile.TemporaryFile() as given:
+            given.write(stdin)
+            given.seek(0)
+            process = await asyncio.create_subprocess_exec(
+                *self._launcher, self._find(), verb, *arguments, *flags,
+                env=self._environment, start_new_session=True,
+                stdin=given, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            )  # fmt: skip
         try:
             async with asyncio.timeout(deadline):
-                out, err = await process.communicate(stdin)
+                out, err = await process.communicate()
         except TimeoutError:
             raise ProviderUnavailable(f"helm {verb} did not end within {deadline:.0f} seconds.") from None
         finally:
