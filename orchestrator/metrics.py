@@ -5,26 +5,50 @@ What the database says of all orchestrators is `probes`', and the gateway's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
+    from orchestrator.bridge.bridge import Bridges, Reading
     from orchestrator.eventlog.relay import Relaying
     from orchestrator.fleet import Fleet
     from orchestrator.logs import LogWriter
     from orchestrator.sessions.reconcile import Reconciler
 
 
+# What is told of each watched cluster, by the name of a `Reading`'s field.
+_CLUSTER = {
+    "leads": ("watch_leads", GaugeMetricFamily, "Whether this process watches the cluster."),
+    "told": ("watch_told", CounterMetricFamily, "Events of the cluster that this process has told."),
+    "waiting": ("watch_waiting", GaugeMetricFamily, "Changes that are not told yet."),
+    "streams": ("log_streams", GaugeMetricFamily, "Containers whose output is followed."),
+    "streams_queued": ("log_streams_queued", GaugeMetricFamily, "Those that the option `log_streams` keeps out."),
+}
+# And of each resource there, by a `Resource`'s.
+_RESOURCE = {
+    "held": ("watch_objects", GaugeMetricFamily, "Objects that are held."),
+    "last_event_age": ("watch_last_event_age_seconds", GaugeMetricFamily, "Since the watch last said anything."),
+    "last_list_age": ("watch_last_list_age_seconds", GaugeMetricFamily, "Since a list was last complete."),
+    "watch_restarts": ("watch_restarts", CounterMetricFamily, "Watches that had to be begun again."),
+    "lists": ("watch_lists", CounterMetricFamily, "Lists that were complete."),
+    "stale": ("watch_stale", CounterMetricFamily, "Objects that were passed over: late, or repeated."),
+    "unreadable": ("watch_unreadable", CounterMetricFamily, "What was said, and could not be read."),
+}
+
+
 class Readings(Collector):
     """The parts of one orchestrator, read at the moment of a scrape. `relays` are by what they carry."""
 
-    def __init__(self, reconciler: Reconciler, logs: LogWriter, fleet: Fleet, relays: Mapping[str, Relaying]) -> None:
+    def __init__(
+        self, reconciler: Reconciler, logs: LogWriter, fleet: Fleet, bridges: Bridges, relays: Mapping[str, Relaying]
+    ) -> None:
         self._reconciler = reconciler
         self._logs = logs
         self._fleet = fleet
+        self._bridges = bridges
         self._relays = relays
 
     def collect(self) -> Iterator[Metric]:
@@ -37,6 +61,8 @@ class Readings(Collector):
         for provider, kind, state in self._fleet.states():
             up.add_metric([provider, kind], int(state == "up"))
         yield up
+        yield from _watches(self._bridges.read())
+        yield from self._bridges.lag.collect()
 
     def _sessions(self) -> Iterator[Metric]:
         reconciler = self._reconciler
@@ -57,6 +83,27 @@ class Readings(Collector):
             rows.add_metric([what], relaying.rows)
         yield leads
         yield rows
+
+
+def _watches(readings: Collection[Reading]) -> Iterator[Metric]:
+    """Of each cluster. Where another process leads, `watch_leads` is 0, and nothing is told of its resources."""
+    for field, (name, family, text) in _CLUSTER.items():
+        metric = family(f"cluster_code_{name}", text, labels=["provider"])
+        for reading in readings:
+            metric.add_metric([reading.provider], getattr(reading, field))
+        yield metric
+    for field, (name, family, text) in _RESOURCE.items():
+        metric = family(f"cluster_code_{name}", text, labels=["provider", "resource"])
+        for reading in readings:
+            for resource, one in reading.resources.items():
+                if (value := getattr(one, field)) is not None:
+                    metric.add_metric([reading.provider, resource], value)
+        yield metric
+    up = GaugeMetricFamily("cluster_code_watch_up", "Whether it is heard of now.", labels=["provider", "resource"])
+    for reading in readings:
+        for resource, one in reading.resources.items():
+            up.add_metric([reading.provider, resource], int(not one.trouble))
+    yield up
 
 
 def gauge(name: str, text: str, value: float) -> Metric:

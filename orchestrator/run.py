@@ -94,7 +94,7 @@ class Orchestrator:
         self._relays = relays
         # When each of these loops is to have come round again (monotonic).
         self._due: dict[str, float] = {}
-        self.metrics = Readings(self._reconciler, self._logs, self._fleet, relays)
+        self.metrics = Readings(self._reconciler, self._logs, self._fleet, self.bridges, relays)
 
     @property
     def running(self) -> bool:
