@@ -337,7 +337,7 @@ class Cluster:
         params = [("container", container), ("stdout", "1"), ("stderr", "1"), *(("command", one) for one in argv)]
         path = f"{_pod(namespace, pod)}/exec"
         output = bytearray()
-        status = b""
+        status = bytearray()
         try:
             async with asyncio.timeout(deadline) as timer:
                 async with await self._upgrade(path, params) as websocket:
@@ -352,10 +352,10 @@ class Cluster:
         except TimeoutError:
             if not timer.expired():
                 raise
-            raise ProviderUnavailable(f"The command in {pod} did not end within {deadline:.0f} seconds.") from None
+            raise ProviderUnavailable(f"The command in {pod} did not end within {deadline:g} seconds.") from None
         if not status:
             raise self._unavailable(f"hung up before the command in {pod} had ended")
-        return _exit_code(status), bytes(output)
+        return _exit_code(self._decoded(_Status, bytes(status))), bytes(output)
 
     async def _upgrade(self, path: str, params: Sequence[tuple[str, str]]) -> aiohttp.ClientWebSocketResponse[bool]:
         async def send(credentials: Credentials) -> aiohttp.ClientWebSocketResponse[bool]:
@@ -522,9 +522,8 @@ def _retry_after(response: aiohttp.ClientResponse) -> float | None:
         return None
 
 
-def _exit_code(body: bytes) -> int:
+def _exit_code(status: _Status) -> int:
     """The exit code in what comes last of a command. Raises ApiRefused: it was not run."""
-    status = _status(body)
     if status.status == "Success":
         return 0
     for cause in status.details.get("causes") or ():
