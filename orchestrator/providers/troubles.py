@@ -91,7 +91,12 @@ def _unscheduled(pod: Pod, scheduled: Condition, evidence: Evidence, rules: Rule
         wait, since = max(rules.transient_grace, rules.progress_deadline), last_seen(scaling)
         meanwhile = ("ScalingUp", f"{what}; the cluster's autoscaler is adding a node.")
         yield Trouble(
-            "Unschedulable", f"{what}; the autoscaler brought none in time; {do}", words, wait, since, meanwhile
+            "Unschedulable",
+            f"{what}, and the cluster's autoscaler has added none in time; {do}",
+            words,
+            wait,
+            since,
+            meanwhile,
         )
         return
     unhelped = ", and the cluster's autoscaler adds none" if scaling is not None else ""
@@ -178,8 +183,8 @@ def _lost(pod: Pod, evidence: Evidence) -> Iterator[Trouble]:
         yield Trouble("ReadinessGate", told, (), None)
     elif (ready is not None and ready.status == "Unknown") or latest(evidence, pod, "NodeNotReady") is not None:
         told = (
-            f"The node {node_of(pod)} of the session does not answer; wait until Kubernetes moves it, or have an operator"
-            " look at the node."
+            f"The node {node_of(pod)} of the session does not answer; wait until Kubernetes moves it, or have an"
+            " operator look at the node."
         )
         yield Trouble("NodeLost", told, ("NodeNotReady",), None)
 
