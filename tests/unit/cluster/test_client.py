@@ -72,7 +72,9 @@ class Server:
             "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         }
         path = folder / "kubeconfig"
-        path.write_text(yaml.safe_dump(config))
+        # At once: it may be read just now.
+        path.with_suffix(".new").write_text(yaml.safe_dump(config))
+        path.with_suffix(".new").rename(path)
         return Kubeconfig(str(path))
 
 
