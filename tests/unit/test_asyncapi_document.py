@@ -99,6 +99,11 @@ def test_the_event_types_are_those_that_are_published() -> None:
     assert described == told
     assert texts("SessionStatus", "event_type") == {events.SESSION_STATUS}
     assert texts("SessionLog", "event_type") == {events.SESSION_LOG}
+    assert texts("SessionPod", "event_type") == {events.SESSION_POD}
+    assert texts("SessionEvent", "event_type") == {events.SESSION_EVENT}
+    assert texts("ClusterDeployment", "event_type") == {events.CLUSTER_DEPLOYMENT}
+    assert texts("ClusterNamespace", "event_type") == {events.CLUSTER_NAMESPACE}
+    assert texts("ClusterIngress", "event_type") == {events.CLUSTER_INGRESS}
 
 
 def test_a_session_is_what_rest_answers() -> None:

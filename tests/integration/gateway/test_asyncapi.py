@@ -8,9 +8,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
+import msgspec
 import orjson
 
 from gateway.realtime.protocol import CloseCode
+from orchestrator.bridge import visible
+from orchestrator.cluster.objects import Deployment, Ingress, Namespace, Pod
+from orchestrator.cluster.objects import Event as KubernetesEvent
 from orchestrator.eventlog import outbox
 from orchestrator.events import Event, session_channel
 from orchestrator.logs import _event, _Line
@@ -53,6 +57,50 @@ def notice(session_id: int) -> Event:
     return _event(_Line(session_id, datetime(2026, 3, 1, tzinfo=UTC), "preview", "stdout", "listening"))
 
 
+# Objects of a cluster, with and without what may be missing in them.
+_META = {"name": "session-1", "namespace": "0b9f", "uid": "3a1c", "resourceVersion": "48123"}
+_ENDED = {"exitCode": 1, "reason": "Error", "finishedAt": "2026-03-01T11:02:03Z"}
+_STATUSES = [
+    {"name": "preview", "restartCount": 3, "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "…"}},
+     "lastState": {"terminated": _ENDED}},
+    {"name": "chat", "ready": True, "state": {"running": {"startedAt": "2026-03-01T11:02:03Z"}}},
+    {"name": "vscode", "state": {"terminated": _ENDED}},
+    {"name": "shell"},
+]  # fmt: skip
+_POD = {"spec": {"nodeName": "worker"}, "status": {"phase": "Running", "containerStatuses": _STATUSES}}
+_CONDITION = {"type": "Available", "status": "True", "reason": "x", "message": "y"}
+_DEPLOYMENT = {"spec": {"replicas": 1}, "status": {"readyReplicas": 1, "conditions": [_CONDITION]}}
+_EVENT = {
+    "involvedObject": {"kind": "Pod", "name": "session-1-x", "fieldPath": "spec.containers{preview}"}, "count": 3,
+    "type": "Warning", "reason": "BackOff", "message": "…", "firstTimestamp": "2026-03-01T11:02:03Z",
+    "lastTimestamp": "2026-03-01T11:02:03Z",
+}  # fmt: skip
+_INGRESS = {
+    "spec": {"rules": [{"host": "a.example.com"}]},
+    "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}, {"hostname": "b.example.com"}]}},
+}
+_SEEN = [
+    (visible.POD, Pod, _POD),
+    (visible.EVENT, KubernetesEvent, _EVENT),
+    (visible.DEPLOYMENT, Deployment, _DEPLOYMENT),
+    (visible.NAMESPACE, Namespace, {"status": {"phase": "Terminating"}}),
+    (visible.INGRESS, Ingress, _INGRESS),
+]
+
+
+def cluster_notices(session_id: int) -> list[Event]:
+    """What happens in a cluster, as its watch tells it."""
+    told = []
+    for kind, struct, full in _SEEN:
+        for session, content, change in ((session_id, full, "added"), (None, {}, "modified"), (None, {}, "deleted")):
+            thing = msgspec.convert({"metadata": _META, **content}, struct)
+            body, _ = visible.look(kind, thing)
+            data = orjson.loads(visible.told(b'"k8s"', session, change, thing.metadata, body))
+            channels = ["cluster", session_channel(session_id)] if kind.to_session and session else ["cluster"]
+            told += [Event(kind.event_type, channel, data) for channel in channels]
+    return told
+
+
 async def test_everything_that_is_sent_is_described(api: Api, root: Person, ann: Person, bob: Person) -> None:
     sent: list[dict[str, Any]] = []
     async with AsyncExitStack() as stack:
@@ -67,6 +115,7 @@ async def test_everything_that_is_sent_is_described(api: Api, root: Person, ann:
         actions: list[Any] = [
             {"action": "ping", "id": "a"},
             {"action": "subscribe", "channel": f"session:{session}", "since": since, "id": "b"},
+            {"action": "subscribe", "channel": "cluster", "since": since},
             *({"action": "subscribe", "channel": f"workspace:{number}", "since": since} for number in workspaces),
             {"action": "unsubscribe", "channel": "broadcast"},
             {"action": "subscribe", "channel": "nonsense"},
@@ -80,6 +129,7 @@ async def test_everything_that_is_sent_is_described(api: Api, root: Person, ann:
         for action in actions:
             await websocket.send_str(orjson.dumps(action).decode())
         await api.context.log.publish([notice(session), Event("build.done", "app:1", {"image": "x"})])
+        await api.context.log.publish(cluster_notices(session))
         # Of another service, which may send anything: only the envelope is sure.
         await api.context.log.publish([Event("build.log", "app:1", "text")])  # type: ignore[arg-type]
         await websocket.send_str('{"action":"ping","id":"last"}')
