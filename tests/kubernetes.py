@@ -161,6 +161,14 @@ class _Selection:
         return _line("DELETED" if not now else "MODIFIED" if before else "ADDED", happened.stored.body)
 
 
+@dataclass(slots=True)
+class _Run:
+    """What a container has written from one start on."""
+
+    lines: list[tuple[datetime, str]] = field(default_factory=list)
+    ended: bool = False
+
+
 @dataclass(eq=False, slots=True)
 class _Watch:
     path: str
@@ -209,7 +217,8 @@ class KubernetesApi:
         self._snapshots: dict[str, tuple[int, list[bytes]]] = {}
         self._faults: list[tuple[str, str, Answer]] = []
         self._watches: set[_Watch] = set()
-        self._logs: dict[tuple[str, str, str], list[tuple[datetime, str]]] = {}
+        self._logs: dict[tuple[str, str, str], list[_Run]] = {}
+        self._log_readers: set[asyncio.Transport] = set()
         self._news = asyncio.Event()
         self._thawed = asyncio.Event()
         self._thawed.set()
@@ -318,7 +327,15 @@ class KubernetesApi:
     def log(self, namespace: str, name: str, container: str, *lines: str, at: datetime | None = None) -> None:
         """Add lines to a container's log; who follows it gets them."""
         moment = at or datetime.now(UTC)
-        self._logs.setdefault((namespace, name, container), []).extend((moment, line) for line in lines)
+        runs = self._logs.setdefault((namespace, name, container), [])
+        if not runs or runs[-1].ended:
+            runs.append(_Run())
+        runs[-1].lines.extend((moment, line) for line in lines)
+        self._notify()
+
+    def end_log(self, namespace: str, name: str, container: str) -> None:
+        """A container ends: who follows its log has read all of it, and the next line is its next run's."""
+        self._logs[namespace, name, container][-1].ended = True
         self._notify()
 
     # What goes wrong. ------------------------------------------------------------------------------------------------
@@ -340,6 +357,11 @@ class KubernetesApi:
         """End the open watches in the middle of the next line that they would send."""
         for watch in self._of(path):
             watch.cut_next = "cleanly" if clean else "reset"
+
+    def cut_logs(self) -> None:
+        """Close the connections of those who follow logs."""
+        for transport in self._log_readers:
+            transport.abort()
 
     def freeze(self) -> None:
         """Send no byte more to anybody, who are not told; connections and requests are taken."""
@@ -560,30 +582,41 @@ class KubernetesApi:
     async def _log(self, request: web.Request, namespace: str, name: str) -> web.StreamResponse:
         query = request.query
         key = namespace, name, query.get("container", "")
-        if key not in self._logs:
+        runs = self._logs.get(key, [])
+        if query.get("previous") == "true":
+            runs = [run for run in runs if run.ended]
+        if not runs:
             return _refuse(400, "BadRequest", f'container "{key[2]}" in pod "{name}" is waiting to start')
         since = datetime.fromisoformat(query["sinceTime"]) if "sinceTime" in query else datetime.min.replace(tzinfo=UTC)
-        kept = self._logs[key]
-        sent = len(kept) - int(query["tailLines"]) if "tailLines" in query else 0
+        run = runs[-1]
+        sent = len(run.lines) - int(query["tailLines"]) if "tailLines" in query else 0
         sent = max(0, sent)
         response = web.StreamResponse(headers={"Content-Type": "text/plain"})
         response.enable_chunked_encoding()
         await response.prepare(request)
-        while True:
-            await self._thawed.wait()
-            # Kubernetes' logs have nanoseconds, and `sinceTime` whole seconds.
-            lines = [
-                (f"{_moment(at, '%Y-%m-%dT%H:%M:%S.%f')[:-1]}000Z " if query.get("timestamps") == "true" else "") + line
-                for at, line in kept[sent:]
-                if at >= since
-            ]
-            sent = len(kept)
-            if lines:
-                await response.write("".join(f"{line}\n" for line in lines).encode())
-            if query.get("follow") != "true":
-                return response
-            while len(kept) == sent:
-                await self._news.wait()
+        assert request.transport is not None
+        self._log_readers.add(request.transport)
+        try:
+            while True:
+                await self._thawed.wait()
+                # Kubernetes' logs have nanoseconds, and `sinceTime` whole seconds.
+                lines = [
+                    (f"{_moment(at, '%Y-%m-%dT%H:%M:%S.%f')[:-1]}000Z " if query.get("timestamps") == "true" else "")
+                    + line
+                    for at, line in run.lines[sent:]
+                    if at >= since
+                ]
+                sent = len(run.lines)
+                if lines:
+                    await response.write("".join(f"{line}\n" for line in lines).encode())
+                if query.get("follow") != "true":
+                    return response
+                while len(run.lines) == sent:
+                    if run.ended:
+                        return response
+                    await self._news.wait()
+        finally:
+            self._log_readers.discard(request.transport)
 
     # The store. ------------------------------------------------------------------------------------------------------
 
@@ -631,9 +664,13 @@ class KubernetesApi:
         found = _parse(watch.path)
         assert found is not None
         held = self._collection(found[0])
-        metadata = {"resourceVersion": str(self.version), "creationTimestamp": None}
-        mark = {"kind": held.kind, "apiVersion": held.api_version, "metadata": metadata, "spec": {}, "status": {}}
-        return _line("BOOKMARK", orjson.dumps(mark))
+        mark: Json = {"kind": held.kind, "apiVersion": held.api_version}
+        mark["metadata"] = {"resourceVersion": str(self.version), "creationTimestamp": None}
+        # An object without anything, as Go writes it.
+        empty = {"containers": None}
+        template = {"metadata": {"creationTimestamp": None}, "spec": empty}
+        specs = {"Pod": empty, "Deployment": {"replicas": 0, "selector": None, "template": template, "strategy": {}}}
+        return _line("BOOKMARK", orjson.dumps(mark | {"spec": specs.get(held.kind, {}), "status": {}}))
 
     def _notify(self) -> None:
         self._news.set()

@@ -178,6 +178,8 @@ class Lead:
         else:
             session = visible.session_id(meta)
             self._place(kind, meta.namespace or meta.name, session, gone)
+            if kind is POD and session is not None:
+                self.streams.see(session, thing, gone=gone)
         body, digest = visible.look(kind, thing)
         if gone:
             del all_told[meta.uid]
@@ -213,7 +215,6 @@ class Lead:
     def _matters(self, kind: Kind, thing: Any, session: int, gone: bool) -> bool:
         """Whether a visible change may mean something for its session's row."""
         if kind is POD:
-            self.streams.see(session, thing, gone=gone)
             # By far the most changes: of a pod that goes on running.
             return gone or session not in self._statuses.well or not _ready(thing)
         if kind is INGRESS:

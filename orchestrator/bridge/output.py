@@ -28,6 +28,8 @@ _AWAY: tuple[type[BaseException], ...] = (ProviderUnavailable, *UNAVAILABLE)
 _MOMENT = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)")
 # Lines that may wait to be stored, before more are read of the cluster.
 _FULL = 5000
+# Seconds without a line after which a connection may be dead, and is made anew.
+_QUIET = 600.0
 # Seconds between two looks whether there is room again.
 _PAUSE = 0.05
 
@@ -193,7 +195,7 @@ class Streams:
                     failures += 1
                 except _AWAY as error:
                     failures += 1
-                    log.info("output lost", pod=container.pod, container=container.name, error=str(error))
+                    log.debug("output lost", pod=container.pod, container=container.name, error=str(error))
                 await asyncio.sleep(backoff(failures + 1))
         except Exception:
             log.exception("following output failed", pod=container.pod, container=container.name)
@@ -255,7 +257,7 @@ class Streams:
         try:
             async with self._provider.cluster.logs(
                 container.namespace, container.pod, container.name,
-                follow=not previous, previous=previous, since=container.at, timestamps=True,
+                follow=not previous, previous=previous, since=container.at, timestamps=True, idle=_QUIET,
             ) as arriving:  # fmt: skip
                 resuming = _Resuming(container.at, container.same)
                 async for lines in arriving:

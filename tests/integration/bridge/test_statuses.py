@@ -51,6 +51,7 @@ async def test_a_crash_that_will_not_heal_is_told_with_the_last_words(ground: Gr
     session = await ground.session()
     ground.run(session)
     ground.api.log(session.namespace, f"{session.container_name}-abc", "preview", "starting", "no such table: users")
+    ground.api.end_log(session.namespace, f"{session.container_name}-abc", "preview")
     async with ground.bridge():
         ground.crash(session)
         now = await until(lambda: _says(ground, session, "no such table: users"))
