@@ -35,8 +35,6 @@ _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 _NAME = "busybox"
 # Seconds between two attempts to ask the cluster, at most.
 _PATIENCE = 10.0
-# Seconds that a page may take.
-_ANSWER = 15.0
 _AWAY: tuple[type[BaseException], ...] = (*UNAVAILABLE, ProviderUnavailable)
 
 
@@ -93,9 +91,8 @@ async def page(cluster: Cluster, url: str) -> str:
     """
     parts = urlsplit(url)
     service, namespace = (parts.hostname or "").split(".")[:2]
-    path = f"/api/v1/namespaces/{namespace}/services/{service}:{parts.port or 80}/proxy{parts.path}"
-    async with cluster.stream(path, idle=_ANSWER) as arriving:
-        return b"\n".join([line async for lines in arriving for line in lines]).decode(errors="replace")
+    path = f"/api/v1/namespaces/{namespace}/services/{service}:{parts.port or 80}/proxy{parts.path.rstrip('/')}/"
+    return (await cluster.read(path)).decode(errors="replace")
 
 
 async def import_provider(connection: Connection, image: str) -> None:

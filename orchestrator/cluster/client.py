@@ -37,6 +37,8 @@ _CONNECT_TIMEOUT = 10.0
 EXEC_DEADLINE = 60.0
 # Of the output of a command in a container, in bytes.
 EXEC_OUTPUT = 1024 * 1024
+# A longer line of a container is cut, in bytes.
+LOG_LINE = 1024 * 1024
 # How often a request that the API has no time for now is asked again, and the longest wait for that, in seconds.
 _RETRIES = 3
 _LONGEST_WAIT = 10.0
@@ -261,7 +263,7 @@ class Cluster:
                 async for lines in arriving:
                     ...
         """
-        return self._stream(_Request("GET", path, params or {}), idle, whole=True)
+        return self._stream(_Request("GET", path, params or {}), idle, None)
 
     def logs(
         self,
@@ -278,6 +280,7 @@ class Cluster:
     ) -> AbstractAsyncContextManager[Arriving]:
         """The lines that a container has written, as `stream` gives them; with `follow` until it ends.
 
+        One longer than `LOG_LINE` is cut, since what runs there is not trusted, and a last one needs no end.
         `since` counts in whole seconds, so that lines of its second come again; `tail` are so many last lines,
         `previous` those of the run before the last restart. With `timestamps` each line begins with its time (RFC 3339,
         nanoseconds) and a space. Raises ApiRefused (400) where the container has not begun, or had no run before.
@@ -286,24 +289,25 @@ class Cluster:
         params["timestamps"] = _flag(timestamps)
         params["sinceTime"] = since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if since else ""
         params["tailLines"] = "" if tail is None else str(tail)
-        return self._stream(
-            _Request("GET", f"{_pod(namespace, pod)}/log", params), idle if follow else self._timeout, whole=False
-        )
+        request = _Request("GET", f"{_pod(namespace, pod)}/log", params)
+        return self._stream(request, idle if follow else self._timeout, LOG_LINE)
 
     @asynccontextmanager
-    async def _stream(self, request: _Request, idle: float | None, *, whole: bool) -> AsyncIterator[Arriving]:
+    async def _stream(self, request: _Request, idle: float | None, longest: int | None) -> AsyncIterator[Arriving]:
         response = await self._open(request, aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT, sock_read=idle))
         try:
-            async with aclosing(self._lines(response, idle, whole)) as lines:
+            async with aclosing(self._lines(response, idle, longest)) as lines:
                 yield lines
         finally:
             response.close()
 
     async def _lines(
-        self, response: aiohttp.ClientResponse, idle: float | None, whole: bool
+        self, response: aiohttp.ClientResponse, idle: float | None, longest: int | None
     ) -> AsyncGenerator[Lines, None]:
         read = response.content.readany
+        # The parts of a line that has not ended, put together once, when it has; and how long they are.
         begun: Lines = []
+        length = 0
         while True:
             try:
                 data = await read()
@@ -314,15 +318,18 @@ class Cluster:
             if not data:
                 break
             if b"\n" not in data:
-                # A line of many parts is put together once, when its end has come.
-                begun.append(data)
+                if longest is None or length < longest:
+                    begun.append(data)
+                    length += len(data)
                 continue
             lines = (b"".join((*begun, data)) if begun else data).split(b"\n")
+            if longest is not None and length >= longest:
+                lines[0] = lines[0][:longest]
             last = lines.pop()
-            begun = [last] if last else []
+            begun, length = [last] if last else [], len(last)
             yield lines
-        if begun and not whole:
-            yield [b"".join(begun)]
+        if begun and longest is not None:
+            yield [b"".join(begun)[:longest]]
 
     # Commands. -------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import yaml
 from aiohttp import web
 
 from orchestrator.cluster.access import Kubeconfig
-from orchestrator.cluster.client import Cluster
+from orchestrator.cluster.client import LOG_LINE, Cluster
 from orchestrator.cluster.objects import Partial, Pod
 from orchestrator.errors import ApiRefused, ProviderUnavailable
 from tests.conftest import no_task_left
@@ -355,6 +355,14 @@ async def test_no_line_is_too_long(server: Server, cluster: Cluster) -> None:
     server.handler = streaming(*[part] * 400, b"\nshort\n")
     long, short = [line for lines in await read(cluster) for line in lines]
     assert (len(long), short) == (400 * 65_536, b"short")
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\nnext\n"])
+async def test_a_line_of_a_log_that_does_not_end_is_cut(server: Server, cluster: Cluster, end: bytes) -> None:
+    server.handler = streaming(b"first\nx", *[b"x" * 65_536] * 400, end)
+    async with cluster.logs("a", "b", "c") as arriving:
+        first, long, *others = [line async for lines in arriving for line in lines]
+    assert (first, len(long), others) == (b"first", LOG_LINE, [b"next"] if b"next" in end else [])
 
 
 async def test_lines_that_come_together_are_given_together(server: Server, cluster: Cluster) -> None:
