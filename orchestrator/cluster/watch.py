@@ -31,7 +31,7 @@ import msgspec
 import structlog
 
 from orchestrator.cluster.client import Cluster
-from orchestrator.cluster.objects import Meta, Status
+from orchestrator.cluster.objects import ListMeta, Meta, Status
 from orchestrator.cluster.packing import Packing
 from orchestrator.database import backoff
 from orchestrator.errors import ApiRefused, ProviderUnavailable
@@ -43,6 +43,10 @@ _SLICE = 100
 # Seconds. A watch that ends sooner, without any change, counts as failed: else a server that ends all of them at once
 # would be asked without a pause.
 _SHORT = 1.0
+# Of those, in a row, so many are no trouble yet: a version too old is one.
+_USUAL = 2
+# Seconds. A server that asks to be left alone for longer is asked again after these.
+_LONGEST = 60.0
 # Deleted objects that are remembered, so that a late line does not bring one back.
 _REMEMBERED = 1000
 
@@ -131,6 +135,7 @@ class _Expired(Exception):
     """What is watched must be listed again."""
 
 
+_UNREADABLE = (msgspec.DecodeError, ValueError)
 _refusal = msgspec.json.Decoder(_Line[Status]).decode  # type: ignore[type-var]
 _named_line = msgspec.json.Decoder(_Line[_Named]).decode  # type: ignore[type-var]
 _named_item = msgspec.json.Decoder(_Named).decode
@@ -139,7 +144,7 @@ _named_item = msgspec.json.Decoder(_Named).decode
 def _name_of(item: msgspec.Raw) -> _Name:
     try:
         return _named_item(item).metadata
-    except msgspec.ValidationError:
+    except _UNREADABLE:
         return _Name()
 
 
@@ -237,8 +242,9 @@ class Informer(Generic[T]):
                 failures = 0
                 continue
             failures += 1
-            self._troubled(error, failures)
-            await asyncio.sleep(max(asked, backoff(failures)))
+            if error is not None or failures > _USUAL:
+                self._troubled(error, failures)
+            await asyncio.sleep(max(min(asked, _LONGEST), backoff(failures)))
 
     async def once(self) -> AsyncGenerator[Batch[T], None]:
         """List, where there is nothing to go on from, then watch until the watch ends, for whatever reason.
@@ -277,7 +283,7 @@ class Informer(Generic[T]):
             async for page in pages:
                 at = time.monotonic()
                 # All pages are of one moment; should they not be, what comes twice is dropped.
-                version = version or int(page.metadata.resource_version)
+                version = version or self._moment(page.metadata)
                 items = iter(page.items)
                 while some := list(islice(items, _SLICE)):
                     changes: list[Change[T]] = []
@@ -303,11 +309,19 @@ class Informer(Generic[T]):
         self.stats.last_list = time.monotonic()
         yield self._vanished(gone, synced=True)
 
+    def _moment(self, meta: ListMeta) -> int:
+        # Without one, it is not the API that says that there is nothing.
+        if not meta.resource_version.isdecimal() or meta.resource_version == "0":
+            raise ProviderUnavailable(
+                f"The cluster {self._cluster.name} sent something that is no list of {self.path}: is it a Kubernetes?"
+            )
+        return int(meta.resource_version)
+
     def _listed(self, item: msgspec.Raw, changes: list[Change[T]]) -> None:
         try:
             thing = self._item(item)
             version = int(thing.metadata.resource_version)
-        except (msgspec.ValidationError, ValueError) as error:
+        except _UNREADABLE as error:
             self._unreadable(_name_of(item), error)
             return
         meta = thing.metadata
@@ -315,6 +329,7 @@ class Informer(Generic[T]):
         if held is None or held.uid != meta.uid:
             if held is not None:
                 changes.append(Change("deleted", self._forget(meta.namespace, meta.name), True))
+                held = None
             changes.append(Change("added", thing, True))
         elif held.version != version:
             # Not "less": a list is the truth, also where the cluster was set back to an earlier state.
@@ -323,7 +338,7 @@ class Informer(Generic[T]):
             held.round = self._round
             return
         self._gone.pop(meta.uid, None)
-        self._hold(thing, version)
+        self._hold(thing, version, held)
 
     def _vanished(self, gone: Sequence[tuple[str, str]], *, synced: bool) -> Batch[T]:
         changes = [Change("deleted", self._forget(namespace, name), True) for namespace, name in gone]
@@ -360,13 +375,13 @@ class Informer(Generic[T]):
                 event = self._line(line)
                 kind, meta = event.type, event.object.metadata
                 version = int(meta.resource_version)
-            except (msgspec.DecodeError, ValueError) as error:
+            except _UNREADABLE as error:
                 if ended := self._odd(line, error, changes):
                     return ended
                 continue
             if kind == "BOOKMARK":
                 if version < self._version:
-                    return _Expired(f"the cluster was set back from version {self._version} to {version}")
+                    return self._set_back(version)
             elif kind == "ERROR":
                 return self._refused(line)
             else:
@@ -381,29 +396,38 @@ class Informer(Generic[T]):
         return None
 
     def _odd(self, line: bytes, error: Exception, changes: list[Change[T]]) -> Exception | None:
-        """A line that is no change of an object that we can read."""
+        """A line that is no object as we know them: an error, a bookmark, or an object that is passed over.
+
+        A bookmark is an object without anything, in which Go's empty lists are null. An error has no version.
+        """
         try:
             event = _named_line(line)
-        except msgspec.DecodeError:
+            meta = event.object.metadata
+            version = int(meta.resource_version) if event.type != "ERROR" else 0
+        except _UNREADABLE:
             return ProviderUnavailable(
                 f"The cluster {self._cluster.name} sent something that is no line of a watch of {self.path}: is it a"
                 f" Kubernetes? It begins with {line[:60]!r}."
             )
         if event.type == "ERROR":
             return self._refused(line)
-        name = event.object.metadata
         if event.type == "DELETED":
             self._deleted(event.object, changes)
-        else:
-            self._unreadable(name, error)
-        if name.resource_version.isdecimal():
-            self._version = max(self._version, int(name.resource_version))
+        elif event.type != "BOOKMARK":
+            self._unreadable(meta, error)
+        elif version < self._version:
+            return self._set_back(version)
+        self._version = max(self._version, version)
         return None
+
+    def _set_back(self, version: int) -> Exception:
+        """Bookmarks only go forward, but for a cluster that was restored from a backup: all may be otherwise."""
+        return _Expired(f"the cluster was set back from version {self._version} to {version}")
 
     def _refused(self, line: bytes) -> Exception:
         try:
             status = _refusal(line).object
-        except msgspec.DecodeError:
+        except _UNREADABLE:
             status = Status(code=500, message="an error that is not understood")
         if status.code == 410:
             return _Expired(status.message)
@@ -433,7 +457,8 @@ class Informer(Generic[T]):
         else:
             changes.append(Change("deleted", self._forget(meta.namespace, meta.name), True))
             changes.append(Change("added", thing))
-        self._hold(thing, version)
+            held = None
+        self._hold(thing, version, held)
         return True
 
     def _deleted(self, thing: T | _Named, changes: list[Change[T]]) -> bool:
@@ -447,15 +472,15 @@ class Informer(Generic[T]):
         changes.append(Change("deleted", last if isinstance(thing, _Named) else thing))
         return True
 
-    def _hold(self, thing: T, version: int) -> None:
-        meta = thing.metadata
+    def _hold(self, thing: T, version: int, held: _Held | None) -> None:
+        """Hold an object, in the place of what is held of it already."""
         body = self._packing.pack(self._keep(thing))
-        names = self._namespaces.setdefault(meta.namespace, {})
-        held = names.get(meta.name)
-        if held is None:
-            names[meta.name] = _Held(meta.uid, version, self._round, body)
-        else:
+        if held is not None:
             held.version, held.round, held.body = version, self._round, body
+        else:
+            meta = thing.metadata
+            held = _Held(meta.uid, version, self._round, body)
+            self._namespaces.setdefault(meta.namespace, {})[meta.name] = held
 
     def _forget(self, namespace: str, name: str) -> T:
         """Hold an object no more; returns it as it was last."""

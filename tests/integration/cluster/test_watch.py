@@ -151,7 +151,7 @@ async def test_bookmarks_move_on_where_the_next_watch_begins(api: KubernetesApi,
         await api.until(lambda: len(api.asked("watch")) == 2)
         assert api.asked("watch")[1].params["resourceVersion"] == str(api.version)
         await api.watching(PODS)
-        assert (follower.told, follower.syncs) == ([], 1)
+        assert (follower.told, follower.syncs, follower.informer.stats.unreadable) == ([], 1, 0)
 
 
 async def test_an_object_made_anew_under_the_same_name_is_another(api: KubernetesApi, cluster: Cluster) -> None:

@@ -128,7 +128,8 @@ async def test_watches_that_end_at_once_are_not_asked_for_without_a_pause(
 ) -> None:
     put(api, "a")
     if not isinstance(answer, Answer):
-        answer = Answer(200, line("BOOKMARK", {"metadata": {"resourceVersion": "5000"}}), EMPTY.headers)
+        mark = {"metadata": {"resourceVersion": "5000"}, "spec": {"containers": None}, "status": {}}
+        answer = Answer(200, line("BOOKMARK", mark), EMPTY.headers)
     api.fail("watch", *[answer] * 4)
     async with following(Informer(cluster, PODS, Pod)) as follower:
         await api.watching(PODS)
@@ -248,6 +249,20 @@ async def test_the_page_of_a_proxy_that_calls_it_a_success_is_an_outage(api: Kub
         put(api, "a")
         await follower.until(lambda: len(follower.changes) == 1)
         assert (len(api.asked("list")), len(api.asked("watch"))) == (1, 2)
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"items": []}', b"[]", b""])
+async def test_an_answer_that_is_no_list_says_nothing_of_what_is_there(
+    api: KubernetesApi, cluster: Cluster, body: bytes
+) -> None:
+    put(api, "a")
+    async with following(Informer(cluster, PODS, Pod)) as follower:
+        await api.watching(PODS)
+        api.fail("list", Answer(200, body, EMPTY.headers))
+        api.expire()
+        await follower.until(lambda: isinstance(follower.informer.trouble, ProviderUnavailable))
+        await follower.until(lambda: follower.syncs == 2)
+        assert follower.told == [("added", "a", True)]
 
 
 async def test_credentials_that_are_taken_away_are_read_again(
