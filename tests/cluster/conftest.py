@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +24,7 @@ IMAGE = os.environ.get("TEST_IMAGE", "bench.local/busybox:1")
 # Seconds. Deleting a namespace takes Kubernetes some ten, and more when it is busy.
 DEADLINE = 60.0
 _NAMESPACES = "/api/v1/namespaces"
+_HOW_TO_GET_ONE = "no Kubernetes: set KUBECONFIG to one that tests may use"
 
 
 @pytest.fixture
@@ -31,10 +32,18 @@ def kubeconfig() -> Path:
     """The file that leads to the cluster; without one the test is skipped, with `CI` set it fails."""
     if path := os.environ.get("KUBECONFIG"):
         return Path(path)
-    reason = "no Kubernetes: set KUBECONFIG to one that tests may use"
     if os.environ.get("CI"):
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
+        pytest.fail(_HOW_TO_GET_ONE, pytrace=False)
+    pytest.skip(_HOW_TO_GET_ONE)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tell in one line, and not in one for each test, that there is no Kubernetes."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple) and _HOW_TO_GET_ONE in report.longrepr[2]:
+        report.longrepr = (__file__, 1, report.longrepr[2])
+    return report
 
 
 def _beside(kubeconfig: Path, suffix: str) -> Path:
