@@ -59,6 +59,8 @@ def statuses_of(pod: Pod) -> list[tuple[ContainerStatus, bool]]:
 
 
 def in_order(pod: Pod, statuses: Sequence[ContainerStatus]) -> list[ContainerStatus]:
+    if len(statuses) < 2:
+        return list(statuses)
     order = {one.name: number for number, one in enumerate((*pod.spec.init_containers, *pod.spec.containers))}
     return sorted(statuses, key=lambda one: order.get(one.name, len(order)))
 

@@ -24,10 +24,14 @@ _POD_UID = re.compile(r"_[0-9a-f-]{36}\([0-9a-f-]{36}\)")
 
 def plain(text: str, limit: int = _LIMIT) -> str:
     """On one line, without credentials, cut to `limit` bytes, and without a period at its end."""
+    if not text:
+        # By far the most: it is called for every container of every change of a pod.
+        return ""
     text = " ".join(text.split())
     text = _TOKEN.sub(r"\1\2***", _USERINFO.sub("://***@", _POD_UID.sub("", text)))
     # Not printable: control characters, and marks that change the direction of what follows.
-    text = "".join(character if character.isprintable() else "�" for character in text)
+    if not text.isprintable():
+        text = "".join(character if character.isprintable() else "�" for character in text)
     return clean(text, limit).rstrip(". ")
 
 
