@@ -89,6 +89,7 @@ def operations() -> list[web.RouteDef]:
         _route("POST", f"{V1}/sessions/{{session_id}}/restart", sessions.restart),
         _route("PUT", f"{V1}/sessions/{{session_id}}/machine-config", sessions.change_machine_config),
         _route("GET", f"{V1}/sessions/{{session_id}}/events", sessions.history),
+        _route("GET", f"{V1}/sessions/{{session_id}}/pods", sessions.pods),
         _route("GET", f"{V1}/sessions/{{session_id}}/logs", sessions.logs),
         _route("GET", f"{V1}/channels/{{channel}}/presence", connections.presence),
         _route("GET", f"{V1}/admin/connections", connections.list_connections),

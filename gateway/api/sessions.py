@@ -118,6 +118,42 @@ class SessionEvent(Schema):
     message = fields.String(required=True)
 
 
+class Container(Schema):
+    """A container of a pod. `init`: it prepares, and ends before the others begin."""
+
+    name = fields.String(required=True)
+    init = fields.Boolean(required=True)
+    ready = fields.Boolean(required=True)
+    state = fields.String(required=True, validate=validate.OneOf(("waiting", "running", "terminated", "unknown")))
+    reason = fields.String(required=True)
+    message = fields.String(required=True)
+    restarts = fields.Integer(required=True)
+    exit_code = fields.Integer(required=True, allow_none=True)
+
+
+class Pod(Schema):
+    """A pod of a session, as `session.pod` told it last."""
+
+    session_id = fields.Integer(required=True)
+    provider = fields.String(required=True)
+    namespace = fields.String(required=True)
+    uid = fields.String(required=True)
+    resource_version = fields.String(required=True)
+    pod = fields.String(required=True)
+    phase = fields.String(required=True)
+    ready = fields.Boolean(required=True)
+    node = fields.String(required=True)
+    reason = fields.String(required=True)
+    message = fields.String(required=True)
+    containers = fields.List(fields.Nested(Container), required=True)
+
+
+class Pods(Schema):
+    """All of a session's."""
+
+    items = fields.List(fields.Nested(Pod), required=True)
+
+
 class LogsQuery(Schema):
     """Which lines of the output."""
 
@@ -153,6 +189,9 @@ class LogLines(Schema):
     """Lines in their order."""
 
     items = fields.List(fields.Nested(LogLine), required=True)
+
+
+_POD = tuple(Pod().fields)
 
 
 async def _permitted(call: Call, action: Action) -> store.Session:
@@ -357,6 +396,14 @@ async def history(call: Call) -> web.Response:
         for event in found.items
     ]
     return answer(page(items, found.total, query, exact=found.total_is_exact))
+
+
+@operation("Read the pods of a session", tag="sessions", path=_ONE, answers={200: Pods})
+async def pods(call: Call) -> web.Response:
+    """As its cluster was last seen; none for a session that is not on Kubernetes. `session.pod` tells what changes."""
+    session = await _permitted(call, Action.SESSION_READ)
+    found = await store.pods(call.connection, session.id)
+    return answer({"items": [{name: pod[name] for name in _POD} for pod in found]})
 
 
 @operation(

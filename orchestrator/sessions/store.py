@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import asyncpg
+import orjson
 
 from orchestrator import machines
 from orchestrator.database import Connection
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LogRecord", "Output", "Page", "Session", "SessionEvent", "change_machine", "count_by_status", "create",
-    "events_page", "get", "list_page", "logs", "logs_after", "logs_begin", "public", "request",
+    "events_page", "get", "list_page", "logs", "logs_after", "logs_begin", "pods", "public",
+    "request",
 ]  # fmt: skip
 
 # A total is counted up to here, and pages end here: what is beyond is found by filters.
@@ -399,6 +401,12 @@ async def logs_after(connection: Connection, session_id: int, after: int, limit:
         return None
     records = [LogRecord(*values) for _, _, *values in rows if values[0] is not None]
     return Output(rows[0][0], rows[0][1], records)
+
+
+async def pods(connection: Connection, session_id: int) -> list[dict[str, Any]]:
+    """The pods of a session on Kubernetes by name, each as `session.pod` told it last; none elsewhere."""
+    rows = await connection.fetch("SELECT told FROM cluster_objects WHERE session_id = $1 AND kind = 'pod'", session_id)
+    return sorted((orjson.loads(row[0]) for row in rows), key=lambda pod: str(pod["pod"]))
 
 
 async def count_by_status(connection: Connection) -> dict[str, int]:

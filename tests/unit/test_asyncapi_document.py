@@ -12,7 +12,7 @@ import pytest
 import gateway
 from auth.errors import AuthError
 from auth.permissions import Role
-from gateway.api.sessions import Session
+from gateway.api.sessions import Container, Pod, Session
 from gateway.realtime import authorization, protocol
 from gateway.realtime.protocol import REASONS, CloseCode
 from gateway.settings import RealtimeSettings
@@ -104,6 +104,13 @@ def test_the_event_types_are_those_that_are_published() -> None:
     assert texts("ClusterDeployment", "event_type") == {events.CLUSTER_DEPLOYMENT}
     assert texts("ClusterNamespace", "event_type") == {events.CLUSTER_NAMESPACE}
     assert texts("ClusterIngress", "event_type") == {events.CLUSTER_INGRESS}
+
+
+def test_a_pod_is_what_rest_answers() -> None:
+    data = schema("SessionPod")["properties"]["data"]
+    assert set(data["properties"]) == set(data["required"]) == {*Pod().fields, "change"}
+    container = data["properties"]["containers"]["items"]
+    assert set(container["properties"]) == set(container["required"]) == set(Container().fields)
 
 
 def test_a_session_is_what_rest_answers() -> None:

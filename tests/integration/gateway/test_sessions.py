@@ -350,6 +350,31 @@ async def test_a_deleted_session_is_still_read_and_deleted_again(api: Api, ann: 
     assert (await api.call("POST", "/api/v1/sessions", ann, {"project_id": project["id"]})).status == 201
 
 
+async def test_the_pods_of_a_session_are_read_as_they_were_told_last(api: Api, ann: Person, bob: Person) -> None:
+    session = await api.session(ann, await api.project(ann.workspace_id))
+    path = f"/api/v1/sessions/{session['id']}/pods"
+    assert (await api.call("GET", path, ann)).json == {"items": []}
+    container = {
+        "name": "chat", "init": False, "ready": True, "state": "running", "reason": "", "message": "", "restarts": 0,
+        "exit_code": None,
+    }  # fmt: skip
+    pod = {
+        "session_id": session["id"], "provider": "here", "namespace": "n", "uid": "u", "resource_version": "7",
+        "phase": "Running", "ready": True, "node": "worker", "reason": "", "message": "", "containers": [container],
+    }  # fmt: skip
+    for uid, kind, session_id, name in (
+        ("1", "pod", session["id"], "b"), ("2", "pod", session["id"], "a"), ("3", "pod", session["id"] + 1, "c"),
+        ("4", "event", session["id"], "d"), ("5", "pod", None, "e"),
+    ):  # fmt: skip
+        await api.fetch(
+            """INSERT INTO cluster_objects (provider_id, uid, kind, session_id, version, digest, told)
+               SELECT id, $1, $2, $3, 7, 0, $4 FROM providers""",
+            uid, kind, session_id, orjson.dumps({**pod, "change": "modified", "pod": name}).decode(),
+        )  # fmt: skip
+    assert (await api.call("GET", path, ann)).json == {"items": [{**pod, "pod": "a"}, {**pod, "pod": "b"}]}
+    assert (await api.call("GET", path, bob)).status == 404
+
+
 async def test_output_is_read_from_its_end_or_after_a_line(api: Api, ann: Person) -> None:
     session = await api.session(ann, await api.project(ann.workspace_id))
     await api.fetch(

@@ -1,0 +1,1 @@
+DROP INDEX cluster_objects_pods_idx;
