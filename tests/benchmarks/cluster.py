@@ -4,7 +4,8 @@
 
 It prints `ready` once the pods are there, and is told on its standard input, a line each:
 
-    change N RATE   change pods, N in all, RATE a second; answers `done` with the seconds that it took
+    change N RATE   change what can be seen of pods, N in all, RATE a second; answers `done` with the seconds it took
+    touch N RATE    change pods so that nobody sees it
     expire          forget the history, and tell the open watches; answers `done 0`
 """
 
@@ -14,28 +15,50 @@ import asyncio
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 from orchestrator.cluster.objects import INSTANCE, PROJECT, SESSION
-from tests.kubernetes import PODS, KubernetesApi
+from tests.kubernetes import DEPLOYMENTS, NAMESPACES, PODS, KubernetesApi
 
 Json = dict[str, Any]
 
 # Where a pod says when it was changed: CLOCK_MONOTONIC in nanoseconds, which all processes share.
 STAMP = "changed-at:"
-_LINES = 4
+_AT_ONCE = 4
+# One visible change in so many takes a pod's readiness away, or gives it back.
+_UNREADY = 10
+
+
+def project(number: int) -> str:
+    """The UUID of the project of a session, and the name of its namespace."""
+    return str(uuid.UUID(int=Random(number).getrandbits(128), version=4))
+
+
+def _labels(number: int) -> dict[str, str]:
+    return {INSTANCE: "cluster-code", PROJECT: project(number), SESSION: str(number)}
+
+
+def surroundings(number: int) -> list[tuple[str, Json]]:
+    """The collection of each object that a session has beside its pod, and the object."""
+    available = {"type": "Available", "status": "True", "reason": "MinimumReplicasAvailable"}
+    counts = dict.fromkeys(("replicas", "updatedReplicas", "readyReplicas", "availableReplicas"), 1)
+    deployment = {
+        "metadata": {"name": f"session-{number}", "namespace": project(number), "labels": _labels(number)},
+        "spec": {"replicas": 1},
+        "status": counts | {"observedGeneration": 1, "conditions": [available]},
+    }
+    namespace = {"metadata": {"name": project(number), "labels": _labels(number)}, "status": {"phase": "Active"}}
+    return [(NAMESPACES, namespace), (DEPLOYMENTS, deployment)]
 
 
 def pod(number: int) -> Json:
-    """The pod of one session as a cluster shows it, about 8 KB of JSON, a third of them managed fields."""
+    """The pod of one session as a cluster shows it, about 9 KB of JSON, a third of them managed fields."""
     random = Random(number)
-    project = str(uuid.UUID(int=random.getrandbits(128), version=4))
+    project_uuid = str(uuid.UUID(int=random.getrandbits(128), version=4))
     name = f"session-{number}-{random.getrandbits(36):09x}-{random.getrandbits(20):05x}"
-    labels = {
-        INSTANCE: "cluster-code",
-        PROJECT: project,
-        SESSION: str(number),
+    labels = _labels(number) | {
         "app.kubernetes.io/name": "dev-session-template",
         "app.kubernetes.io/instance": f"session-{number}",
         "pod-template-hash": f"{random.getrandbits(36):09x}",
@@ -43,7 +66,7 @@ def pod(number: int) -> Json:
     metadata: Json = {
         "name": name,
         "generateName": name[:-5],
-        "namespace": project,
+        "namespace": project_uuid,
         "uid": str(uuid.UUID(int=random.getrandbits(128), version=4)),
         "creationTimestamp": "2026-03-01T08:00:00Z",
         "labels": labels,
@@ -155,21 +178,34 @@ def _fields(value: Json) -> Json:
 
 
 def changed(one: Json, turn: int) -> Json:
-    """The pod with another visible state: a container that waits, or runs again, and when this was."""
+    """The pod after another restart, perhaps with a container that is not ready, and when this was."""
     status = one["status"]
-    waits = turn % 2 == 0
+    waits = turn % _UNREADY == 0
     state = {"waiting": {"reason": "CrashLoopBackOff"}} if waits else {"running": {"startedAt": "2026-03-01T09:00:00Z"}}
     first = status["containerStatuses"][0] | {"ready": not waits, "state": state, "restartCount": turn}
-    containers = [first, *status["containerStatuses"][1:]]
-    return one | {"status": status | {"containerStatuses": containers, "message": f"{STAMP}{time.monotonic_ns()}"}}
+    ready = ("Ready", "ContainersReady")
+    conditions = [
+        condition | {"status": str(not waits)} if condition["type"] in ready else condition
+        for condition in status["conditions"]
+    ]
+    seen = {"containerStatuses": [first, *status["containerStatuses"][1:]], "conditions": conditions}
+    return one | {"status": status | seen | {"message": f"{STAMP}{time.monotonic_ns()}"}}
 
 
-async def _change(api: KubernetesApi, pods: list[Json], count: int, rate: float) -> float:
+def touched(one: Json, turn: int) -> Json:
+    """The pod with another annotation."""
+    metadata = one["metadata"]
+    return one | {"metadata": metadata | {"annotations": metadata["annotations"] | {"turn": str(turn)}}}
+
+
+async def _change(
+    api: KubernetesApi, pods: list[Json], change: Callable[[Json, int], Json], count: int, rate: float
+) -> float:
     begun = time.monotonic()
     for number in range(count):
         index = number * 7919 % len(pods)
-        pods[index] = api.put(PODS, changed(pods[index], number))
-        if number % _LINES == _LINES - 1:
+        pods[index] = api.put(PODS, change(pods[index], number))
+        if number % _AT_ONCE == _AT_ONCE - 1:
             # Late ones follow at once: the rate is kept over the whole.
             await asyncio.sleep(max(0.0, begun + (number + 1) / rate - time.monotonic()))
     return time.monotonic() - begun
@@ -179,12 +215,16 @@ async def main(port: int, count: int, history: int) -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     async with KubernetesApi(port=port, history=history) as api:
-        pods = [api.put(PODS, pod(number)) for number in range(count)]
+        pods = [api.put(PODS, pod(number)) for number in range(1, count + 1)]
+        for number in range(1, count + 1):
+            for collection, thing in surroundings(number):
+                api.put(collection, thing)
         print("ready", flush=True)
         while line := (await reader.readline()).split():
             took = 0.0
-            if line[0] == b"change":
-                took = await _change(api, pods, int(line[1]), float(line[2]))
+            if line[0] in (b"change", b"touch"):
+                change = changed if line[0] == b"change" else touched
+                took = await _change(api, pods, change, int(line[1]), float(line[2]))
             elif line[0] == b"expire":
                 api.expire()
             print("done", took, flush=True)

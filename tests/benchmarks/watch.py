@@ -6,6 +6,10 @@ thread, whose CPU time (user and system) is what is compared. Lag is from the ch
 informer tells it. While everything is listed, first and again, a timer of 1 ms looks how long the loop is away. Memory
 is what is resident in a process that holds all pods, less what was before.
 
+The whole bridge (`tests/benchmarks/bridge.py`) follows the same cluster, with a session for each pod in a PostgreSQL
+of its own: once while every change is one that can be seen, and so is told twice, to the session and to administrators,
+and once while none is.
+
     python -m tests.benchmarks.watch [--pods N] [--rate N] [--seconds N] [--rounds N]
 """
 
@@ -30,12 +34,15 @@ import orjson
 import psutil
 import uvloop
 
+import migrations
 from orchestrator import log_setup
 from orchestrator.cluster.access import find
 from orchestrator.cluster.client import Cluster
 from orchestrator.cluster.objects import INSTANCE, Pod
 from orchestrator.cluster.watch import Batch, Informer
 from orchestrator.settings import environment
+from scripts.embedded import embedded_postgres
+from tests.benchmarks import bridge
 from tests.benchmarks.cluster import STAMP
 from tests.benchmarks.control import Probe
 from tests.benchmarks.report import Figure, Progress, percentile, show, spread
@@ -67,6 +74,12 @@ class Measured:
     # CPU microseconds a change.
     floor: list[float] = field(default_factory=list)
     ours: list[float] = field(default_factory=list)
+    # The same of the whole bridge, while changes are told, and while there is nothing to tell of them.
+    telling: list[float] = field(default_factory=list)
+    silent: list[float] = field(default_factory=list)
+    # Events told by the bridge, and seconds from the last change until all are.
+    told: list[int] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)
     # Changes that each has seen.
     floor_seen: list[int] = field(default_factory=list)
     ours_seen: list[int] = field(default_factory=list)
@@ -203,6 +216,32 @@ async def _list(load: Load, informer: Informer[Pod], batches: AsyncIterator[Batc
     assert len(informer) == load.pods
 
 
+async def bridged(
+    cluster: Target, load: Load, measured: Measured, *, database: str, provider_id: int, folder: Path
+) -> None:
+    """One round of the whole bridge: changes that are told, then as many that are not."""
+    path = folder / "kubeconfig"
+    path.write_text(kubeconfig(cluster.url))
+    async with bridge.following(database, provider_id, path) as following:
+        for command, cpu in (("change", measured.telling), ("touch", measured.silent)):
+            told, seen = following.read().told, _lines(following)
+            gc.collect()
+            before = time.thread_time()
+            await cluster(f"{command} {load.changes} {load.rate}")
+            ended = time.monotonic()
+            while _lines(following) < seen + load.changes or following.read().waiting:
+                await asyncio.sleep(0.02)
+            if command == "change":
+                measured.late.append(time.monotonic() - ended)
+                measured.told.append(following.read().told - told)
+            cpu.append((time.thread_time() - before) / load.changes * 1e6)
+
+
+def _lines(following: bridge.Bridge) -> int:
+    assert following._lead is not None
+    return following._lead.held.pods.stats.lines
+
+
 async def hold(url: str, pods: int) -> float:
     """Resident bytes a pod that an informer holds. For a process of its own."""
     async with client(url) as api:
@@ -229,10 +268,11 @@ def _resident() -> int:
     return psutil.Process().memory_info().rss
 
 
-async def measure(load: Load, progress: Progress) -> Measured:
-    """All of it, in rounds in which floor and ours take turns."""
+async def measure(load: Load, progress: Progress, database: str, folder: Path) -> Measured:
+    """All of it, in rounds in which floor, informer and bridge take turns. The database is migrated, and else empty."""
     measured = Measured()
     progress.at("the cluster fills")
+    provider_id = await bridge.fill(database, load.pods)
     async with target(load) as cluster:
         async with aiohttp.ClientSession(cluster.url) as session, session.get(PODS, params={"limit": "1"}) as answer:
             measured.json = len(orjson.dumps((await answer.json())["items"][0]))
@@ -241,6 +281,7 @@ async def measure(load: Load, progress: Progress) -> Measured:
             turns = (floor, ours) if number % 2 else (ours, floor)
             for turn in turns:
                 await turn(cluster, load, measured)
+            await bridged(cluster, load, measured, database=database, provider_id=provider_id, folder=folder)
             if not number:
                 measured = Measured(json=measured.json)
         progress.at("memory")
@@ -253,15 +294,24 @@ async def measure(load: Load, progress: Progress) -> Measured:
 
 def figures(load: Load, measured: Measured) -> list[Figure]:
     """What came out, beside what is wanted."""
-    ratios = [one / other for one, other in zip(measured.ours, measured.floor, strict=True)]
     what = f"{load.pods:,} pods of {measured.json / 1024:.1f} KiB, {load.rate:,} changes a second"
-    ours, floor = statistics.median(measured.ours), statistics.median(measured.floor)
+    floor = statistics.median(measured.floor)
+
+    def cpu(name: str, values: list[float], how: str) -> Figure:
+        ratios = [one / other for one, other in zip(values, measured.floor, strict=True)]
+        times = f"{statistics.median(values):.0f} against {floor:.0f} us a change"
+        title = f"watch: CPU of {name}, times a loop that only reads and parses"
+        return Figure(title, spread(ratios), "1.5", f"{how}; {times}")
+
     return [
+        cpu("the informer", measured.ours, what),
+        cpu("the whole bridge, every change told", measured.telling, f"{load.pods:,} sessions in PostgreSQL"),
+        cpu("the whole bridge, none told", measured.silent, "changes that cannot be seen"),
         Figure(
-            "watch: CPU of the informer, times a loop that only reads and parses",
-            spread(ratios),
-            "1.5",
-            f"{what}; {ours:.0f} against {floor:.0f} us a change",
+            "watch: from the last change until the bridge has told all",
+            f"{spread(measured.late)} s",
+            "1 s",
+            f"{2 * load.rate:,} rows of the outbox a second",
         ),
         Figure(
             "watch: from the change to the informer's telling it, p99",
@@ -282,9 +332,13 @@ def figures(load: Load, measured: Measured) -> list[Figure]:
 async def run(load: Load | None = None) -> list[Figure]:
     """Measure, and say what came out."""
     load = load or Load()
-    with Progress("watch") as progress:
-        # A thread of its own, for the loop that production has, and for CPU time that is of nothing else.
-        return figures(load, await asyncio.to_thread(uvloop.run, measure(load, progress)))
+    with Progress("watch") as progress, tempfile.TemporaryDirectory(prefix="cluster-code-bench-") as name:
+        folder = Path(name)
+        async with embedded_postgres(folder / "database") as postgres:
+            url = await postgres.create_database("bench")
+            await asyncio.to_thread(migrations.apply, url)
+            # A thread of its own, for the loop that production has, and for CPU time that is of nothing else.
+            return figures(load, await asyncio.to_thread(uvloop.run, measure(load, progress, url, folder)))
 
 
 def main() -> None:

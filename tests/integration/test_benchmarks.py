@@ -157,12 +157,14 @@ async def test_our_gateway_and_the_floors_lose_nothing_under_the_load(
         assert sample.p50 > 0
 
 
-async def test_the_watch_and_its_floor_see_every_change_of_every_pod() -> None:
-    load = watch.Load(pods=1000, rate=2000, seconds=0.5, rounds=2)
+async def test_the_watch_its_floor_and_the_bridge_see_every_change_of_every_pod(
+    database_url: str, tmp_path: Path
+) -> None:
+    load = watch.Load(pods=500, rate=1000, seconds=0.5, rounds=1)
     with Progress("test") as progress:
-        measured = await asyncio.to_thread(uvloop.run, watch.measure(load, progress))
-    assert measured.floor_seen == measured.ours_seen == [1000, 1000]
-    assert len(measured.lists) == 4
+        measured = await asyncio.to_thread(uvloop.run, watch.measure(load, progress, database_url, tmp_path))
+    assert measured.floor_seen == measured.ours_seen == measured.told == [500]
+    assert len(measured.lists) == 2
     assert all(lag > 0 for lag in measured.lags)
     assert measured.held > 0
-    assert len(watch.figures(load, measured)) == 4
+    assert len(watch.figures(load, measured)) == 7
