@@ -83,12 +83,15 @@ class Streams:
         self._provider = provider
         self._held = held
         self._output = output
+        # What is followed, or was read to its end, by the pod's uid and the container's name.
         self._containers: dict[tuple[str, str], _Container] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
-        # In the order of their coming.
-        self._queue: dict[tuple[str, str], None] = {}
-        self._told_full: set[int] = set()
-        self._telling: set[asyncio.Task[None]] = set()
+        # Pods with containers that found no room, in the order of their coming: session, namespace and name by uid.
+        self._waiting: dict[str, tuple[int, str, str]] = {}
+        # Sessions that are to be told so, and those that were.
+        self._kept_out: set[int] = set()
+        self._told: set[int] = set()
+        self._teller: asyncio.Task[None] | None = None
         self._closed = False
 
     @property
@@ -97,38 +100,47 @@ class Streams:
         return len(self._tasks)
 
     @property
-    def queued(self) -> int:
-        """Those that are kept out by the bound."""
-        return len(self._queue)
+    def waiting(self) -> int:
+        """Pods of which containers are kept out by the bound."""
+        return len(self._waiting)
 
     def see(self, session_id: int, pod: Pod, *, gone: bool = False) -> None:
         """A pod has changed: follow what has started in it."""
-        uid = pod.metadata.uid
+        bound = self._provider.options.log_streams
+        if bound == 0:
+            return
+        meta = pod.metadata
+        if gone:
+            self._waiting.pop(meta.uid, None)
         for status in (*pod.status.init_container_statuses, *pod.status.container_statuses):
-            key = uid, status.name
+            key = meta.uid, status.name
             container = self._containers.get(key)
             if gone:
                 if container is not None:
                     container.gone = True
-                    self._queue.pop(key, None)
                     if key not in self._tasks:
                         del self._containers[key]
+            elif not _started(status):
                 continue
-            if not _started(status):
+            elif key in self._tasks:
+                self._containers[key].restarts = status.restart_count
+            elif container is not None and container.unread > status.restart_count:
                 continue
-            if container is None:
-                container = self._containers[key] = _Container(
-                    session_id, pod.metadata.namespace, pod.metadata.name, uid, status.name
+            elif len(self._tasks) < bound:
+                container = container or _Container(session_id, meta.namespace, meta.name, meta.uid, status.name)
+                container.restarts = status.restart_count
+                self._containers[key] = container
+                self._tasks[key] = asyncio.create_task(
+                    self._follow(key, container), name=f"output of {meta.name} {status.name}"
                 )
-            container.restarts = status.restart_count
-            if key not in self._tasks and container.unread <= container.restarts:
-                self._queue[key] = None
-        self._fill()
+            else:
+                self._waiting[meta.uid] = session_id, meta.namespace, meta.name
+                self._tell_kept_out(session_id)
 
     async def close(self) -> None:
         """Follow no more, and forget what is not stored: whoever leads next reads that again."""
         self._closed = True
-        tasks = [*self._tasks.values(), *self._telling]
+        tasks = [*self._tasks.values(), *([self._teller] if self._teller is not None else [])]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -137,44 +149,43 @@ class Streams:
             self._output.discard({one.session_id for one in self._containers.values()})
 
     def _fill(self) -> None:
+        """There is room: who has waited longest gets it."""
+        while self._waiting and len(self._tasks) < self._provider.options.log_streams:
+            uid = next(iter(self._waiting))
+            session_id, namespace, name = self._waiting.pop(uid)
+            pod = self._held.pods.get(namespace, name)
+            if pod is not None and pod.metadata.uid == uid:
+                self.see(session_id, pod)
+
+    def _tell_kept_out(self, session_id: int) -> None:
+        if session_id not in self._told:
+            self._told.add(session_id)
+            self._kept_out.add(session_id)
+            if self._teller is None or self._teller.done():
+                self._teller = asyncio.create_task(self._tell(), name="tell of output that waits")
+
+    async def _tell(self) -> None:
+        """Say once to each session, whoever leads, that not all that it writes is in its log."""
         bound = self._provider.options.log_streams
-        for key in list(self._queue) if len(self._tasks) < bound else ():
-            if len(self._tasks) >= bound:
-                break
-            del self._queue[key]
-            container = self._containers[key]
-            self._tasks[key] = asyncio.create_task(
-                self._follow(key, container), name=f"output of {container.pod} {container.name}"
-            )
-        if self._queue and bound:
-            for key in self._queue:
-                self._tell_full(self._containers[key].session_id, bound)
-
-    def _tell_full(self, session_id: int, bound: int) -> None:
-        if session_id not in self._told_full:
-            self._told_full.add(session_id)
-            task = asyncio.create_task(self._say_full(session_id, bound), name=f"tell session {session_id}")
-            self._telling.add(task)
-            task.add_done_callback(self._telling.discard)
-
-    async def _say_full(self, session_id: int, bound: int) -> None:
-        """Say once, whoever leads, that not all that the session writes is in its log."""
         text = (
             f"The output of {bound} containers is followed already (option log_streams): some of this session's waits."
         )
-        try:
-            async with self._pool.acquire() as connection:
-                told = await connection.fetchval(
-                    """SELECT EXISTS (SELECT FROM session_logs
-                                       WHERE session_id = $1 AND stream = 'system' AND line = $2)""",
-                    session_id,
-                    text,
-                )
-        except UNAVAILABLE as error:
-            log.info("not told", session=session_id, error=str(error) or type(error).__name__)
-            return
-        if not told:
-            self._output.sink(LogLine(session_id, "", "system", text))
+        while some := list(self._kept_out)[:500]:
+            try:
+                async with self._pool.acquire() as connection:
+                    rows = await connection.fetch(
+                        """SELECT DISTINCT session_id FROM session_logs
+                            WHERE session_id = ANY ($1) AND stream = 'system' AND line = $2""",
+                        some,
+                        text,
+                    )
+            except UNAVAILABLE as error:
+                log.info("not told", sessions=len(some), error=str(error) or type(error).__name__)
+                await asyncio.sleep(backoff(5))
+                continue
+            for session_id in set(some) - {row["session_id"] for row in rows}:
+                self._output.sink(LogLine(session_id, "", "system", text))
+            self._kept_out.difference_update(some)
 
     async def _follow(self, key: tuple[str, str], container: _Container) -> None:
         """Read a container's output until there will be no more of it, or none of this run."""
@@ -184,9 +195,11 @@ class Streams:
                 try:
                     if not container.known:
                         await self._find_position(container)
+                    before = container.at, container.same
                     if await self._read_runs(container):
                         return
-                    failures = 0
+                    # Of a container that has just ended, the kubelet may have nothing, again and again.
+                    failures = 0 if (container.at, container.same) != before else failures + 1
                 except ApiRefused as error:
                     log.debug("no output", pod=container.pod, container=container.name, error=str(error))
                     if not self._runs(container, container.restarts):
@@ -275,7 +288,7 @@ class Streams:
             at = _time(moment)
             if at is None:
                 # Not the container's: what the kubelet says when it cannot read on, for instance.
-                log.info("no line of output", pod=container.pod, container=container.name, line=one[:200])
+                log.debug("no line of output", pod=container.pod, container=container.name, line=one[:200])
             elif not resuming.taken(at):
                 container.same = container.same + 1 if at == container.at else 1
                 container.at = at
