@@ -48,7 +48,7 @@ class Reading:
     told: int
     # Changes that are not told yet.
     waiting: int
-    # Containers whose output is followed, and those that the bound keeps out.
+    # Containers whose output is followed, and pods of which some are kept out by the bound.
     streams: int
     streams_queued: int
     resources: Mapping[str, Resource]
@@ -104,7 +104,7 @@ class Bridge:
                 trouble="" if informer.trouble is None else str(informer.trouble),
             )
         streams = lead.streams
-        return Reading(self._name, True, self._counts.told, lead.waiting, streams.open, streams.queued, resources)
+        return Reading(self._name, True, self._counts.told, lead.waiting, streams.open, streams.waiting, resources)
 
 
 class Bridges:
