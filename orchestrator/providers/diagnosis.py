@@ -58,15 +58,15 @@ def diagnose(evidence: Evidence, rules: Rules, now: datetime) -> Observation:
         return away
     deployment = evidence.deployment
     assert deployment is not None  # noqa: S101 - `_away` has looked
+    if _rolling(deployment):
+        return Observation(State.STARTING, "Starting", "Kubernetes is taking up what was changed.")
     pods = _current(evidence, deployment)
     active = [one for one in pods if is_active(one)]
     wanted = deployment.spec.replicas
     flapping = next((one for pod in active for one in unsettled(pod, evidence, now)), None)
     settled = deployment.status.updated_replicas >= wanted and flapping is None
-    if settled and not _rolling(deployment) and sum(map(is_ready, active)) >= wanted:
+    if settled and sum(map(is_ready, active)) >= wanted:
         return Observation(State.RUNNING, "Ready", "The session is running.")
-    if _rolling(deployment):
-        return Observation(State.STARTING, "Starting", "Kubernetes is taking up what was changed.")
     troubles = [one for pod in active if not is_ready(pod) for one in troubles_of(pod, evidence, rules, now)]
     if not active:
         troubles += _refused(deployment, rules)
@@ -128,7 +128,7 @@ def summary(pod: Pod) -> dict[str, Any]:
 
 def _visible(status: ContainerStatus, *, init: bool) -> dict[str, Any]:
     state = status.state
-    word, reason, message, ended = "unknown", "", "", None
+    word, reason, message, told, ended = "unknown", "", "", "", None
     if state.waiting is not None:
         word, reason, message = "waiting", state.waiting.reason, state.waiting.message
         ended = status.last_state.terminated
@@ -138,14 +138,15 @@ def _visible(status: ContainerStatus, *, init: bool) -> dict[str, Any]:
         word, reason, message, ended = "terminated", state.terminated.reason, state.terminated.message, state.terminated
     if reason == "CrashLoopBackOff" and ended is not None:
         # Which back-off it is, and of which pod, tells people nothing.
-        message = ended.message or f"The last time it ended with {exit_of(ended)}."
+        message = ended.message
+        told = f"The last time it ended with {exit_of(ended)}."
     return {
         "name": status.name,
         "init": init,
         "ready": status.ready,
         "state": word,
         "reason": reason,
-        "message": plain(message),
+        "message": plain(message) or told,
         "restarts": status.restart_count,
         "exit_code": None if ended is None else ended.exit_code,
     }
@@ -263,8 +264,9 @@ def _overdue(deployment: Deployment, active: Sequence[Pod], rules: Rules, now: d
         return True
     if active:
         ready = condition_of(active[0].status.conditions, "Ready")
-        unready = ready.last_transition_time if ready is not None and ready.status != "True" else None
-        since = unready or active[0].metadata.creation_timestamp
+        if ready is not None and ready.status == "True":
+            return False
+        since = (ready.last_transition_time if ready is not None else None) or active[0].metadata.creation_timestamp
     else:
         available = condition_of(deployment.status.conditions, "Available")
         since = available.last_transition_time if available is not None and available.status == "False" else None

@@ -65,12 +65,15 @@ _PULLS = (
         Pull.BUSY,
         re.compile(
             r"too ?many ?requests|rate limit|\b50[0234] [a-z]|service unavailable|timeout|timed out|deadline exceeded"
-            r"|connection reset|unexpected eof|: eof|server misbehaving|temporary|try again|no space left"
+            r"|connection reset|unexpected eof|: eof|try again|no space left"
         ),
     ),
     (
         Pull.UNREACHABLE,
-        re.compile(r"no such host|refused|no route|unreachable|dial tcp|x509|certificate|to https client"),
+        re.compile(
+            r"no such host|server misbehaving|temporary failure|refused|no route|unreachable|dial tcp|x509|certificate"
+            r"|to https client"
+        ),
     ),
 )
 _QUOTED = re.compile(r'"[^"]*"')

@@ -853,6 +853,8 @@ def test_what_crashed_again_and_again_must_be_up_for_a_while_to_be_believed() ->
     for started, state in ((3, State.STARTING), (11, State.RUNNING), (-60, State.RUNNING)):
         status = container("preview", ready=True, restarts=3, last=END, running={"startedAt": at(started)})
         assert seen(pod(status, ready=True)).state is state
+    flapping = container("preview", ready=True, restarts=3, last=END, running={"startedAt": at(3)})
+    assert seen(pod(flapping, ready=True, ago=5000)).state is State.STARTING
     once = container("preview", ready=True, restarts=1, last=END, running={"startedAt": at(1)})
     assert seen(pod(once, ready=True)).state is State.RUNNING
 
@@ -1139,7 +1141,7 @@ def test_the_summary_of_a_pod() -> None:
             {"name": "preview", "init": False, "ready": True, "state": "running", "reason": "", "message": "",
              "restarts": 0, "exit_code": None},
             {"name": "chat", "init": False, "ready": False, "state": "waiting", "reason": "CrashLoopBackOff",
-             "message": "The last time it ended with exit code 3", "restarts": 2, "exit_code": 3},
+             "message": "The last time it ended with exit code 3.", "restarts": 2, "exit_code": 3},
             {"name": "vscode", "init": False, "ready": False, "state": "unknown", "reason": "", "message": "",
              "restarts": 0, "exit_code": None},
         ],
