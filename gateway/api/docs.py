@@ -28,6 +28,7 @@ _CLIENT: dict[str, tuple[Path, str]] = {
     "cluster-code.js": (_STATIC / "cluster-code.js", "text/javascript"),
     "cluster-code.d.ts": (_STATIC / "cluster-code.d.ts", "text/plain"),
     "events.js": (_STATIC / "events.js", "text/javascript"),
+    "pods.js": (_STATIC / "pods.js", "text/javascript"),
     "events.css": (_STATIC / "events.css", "text/css"),
 }
 # Swagger UI shows its icons as data: images; the rest comes from here, and nothing may frame or be framed.

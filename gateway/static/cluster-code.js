@@ -11,6 +11,14 @@
 
 /**
  * @typedef {{ event_type: string, channel: string, data: any, offset: number }} ClusterEvent An event of the log.
+ * @typedef {{ session_id: number | null, provider: string, namespace: string, change: "added" | "modified" | "deleted",
+ *   uid: string, resource_version: string }} ClusterObject How the data of all that the watch of a cluster tells begins.
+ * @typedef {{ name: string, init: boolean, ready: boolean, state: "waiting" | "running" | "terminated" | "unknown",
+ *   reason: string, message: string, restarts: number, exit_code: number | null }} Container
+ * @typedef {ClusterObject & { pod: string, phase: string, ready: boolean, node: string, reason: string, message: string,
+ *   containers: Container[] }} SessionPod The data of `session.pod`.
+ * @typedef {ClusterObject & { type: string, reason: string, message: string, count: number, object: string,
+ *   container: string, first_seen: string | null, last_seen: string | null }} SessionEvent The data of `session.event`.
  * @typedef {(event: ClusterEvent) => void} Handler What it throws is reported, and the next event comes all the same.
  * @typedef {"idle" | "connecting" | "connected" | "waiting" | "paused" | "stopped" | "closed"} State
  *   `waiting`: for the next attempt. `paused`: the page is hidden for good or in the back-forward cache. `stopped`: it

@@ -1,5 +1,6 @@
 // The page of live events: what cluster-code.js does, for people to see. The token is kept in memory only.
 import { ClusterCode, ClusterCodeError, swap } from "/static/cluster-code.js";
+import { describeEvent, describePod, Pods } from "/static/pods.js";
 
 // Rows shown at most: a page that is left open must not grow for ever.
 const MOST_ROWS = 500;
@@ -14,13 +15,14 @@ const WORDS = {
 
 const element = (id) => document.getElementById(id);
 const channels = new Map();
+const pods = new Pods(element("pods"), element("pods-section"));
 let client = null;
 let tokens = null;
 let events = 0;
 let connections = 0;
 let countdown;
 
-async function call(method, path, body) {
+async function call(method, path, body, signal) {
   const answer = await fetch(`/api/v1${path}`, {
     method,
     headers: {
@@ -28,6 +30,7 @@ async function call(method, path, body) {
       ...(body && { "Content-Type": "application/json" }),
     },
     body: body && JSON.stringify(body),
+    signal,
   });
   const content = answer.status === 204 ? null : await answer.json().catch(() => null);
   if (!answer.ok)
@@ -73,12 +76,14 @@ function begin(me) {
     if (list?.contains("asked") && recovered) say(`subscribed to ${channel}`);
     list?.remove("asked");
   });
-  client.on("lost", ({ channels: names, position }) =>
+  client.on("lost", ({ channels: names, position }) => {
+    // Those of sessions are loaded again.
+    if (names.includes("cluster")) pods.forget("cluster");
     say(
       `Some events of ${names.join(", ")} are gone: what is shown goes on after ${position}. An app reloads its state now.`,
       "lost",
-    ),
-  );
+    );
+  });
   client.on("error", (error) => {
     if (error.channel && !client.channels.includes(error.channel)) forget(error.channel);
     complain(error);
@@ -107,7 +112,8 @@ function add(name, own = false) {
   const item = document.createElement("li");
   item.className = "asked";
   item.append(Object.assign(document.createElement("span"), { textContent: name }));
-  const end = client.subscribe(name);
+  const session = name.match(/^session:(\d+)$/)?.[1];
+  const end = session ? followPods(name, session) : client.subscribe(name);
   channels.set(name, { item, end });
   if (!own) {
     const button = Object.assign(document.createElement("button"), { type: "button", textContent: "×" });
@@ -118,9 +124,22 @@ function add(name, own = false) {
   element("channels").append(item);
 }
 
+/** The pods of a session, as they are and as they become. */
+function followPods(channel, session) {
+  return client.follow(
+    channel,
+    async ({ signal }) => {
+      const { items } = await call("GET", `/sessions/${session}/pods`, undefined, signal);
+      pods.replace(channel, items);
+    },
+    (event) => pods.take(event),
+  );
+}
+
 function forget(name) {
   const { item, end } = channels.get(name) ?? {};
   channels.delete(name);
+  pods.forget(name);
   end?.();
   item?.remove();
 }
@@ -177,7 +196,16 @@ function showEvent({ offset, event_type, channel, data }) {
       Object.assign(document.createElement("b"), { textContent: data.status }),
       ` ${data.message || data.reason || ""}`,
     );
-  } else shown.textContent = event_type === "session.log" ? data.line : JSON.stringify(data);
+  } else if (event_type === "session.event" && data.type) {
+    shown.dataset.status = data.type;
+    shown.append(
+      Object.assign(document.createElement("b"), { textContent: data.reason }),
+      ` ${describeEvent(data)}`,
+    );
+  } else if (event_type === "session.pod" && Array.isArray(data.containers)) shown.textContent = describePod(data);
+  else shown.textContent = event_type === "session.log" ? data.line : JSON.stringify(data);
+  // Those of sessions are taken when what was before is known: see `followPods`.
+  if (channel === "cluster") pods.take({ event_type, channel, data });
   shown.title = JSON.stringify(data, null, 1);
   row.append(cell(offset), cell(event_type), cell(channel), shown);
   put(row);

@@ -14,7 +14,7 @@ STATIC = Path(__file__).parents[2] / "gateway" / "static"
 TYPESCRIPT = "typescript@5.9.3"
 # A program that uses all of the client; it need only compile.
 _PROGRAM = """
-import { ClusterCode, ClusterCodeError, swap, type ClusterEvent, type State } from "cluster-code";
+import { ClusterCode, ClusterCodeError, swap, type ClusterEvent, type SessionPod, type State } from "cluster-code";
 
 const client: ClusterCode = new ClusterCode({
   url: "https://code.example.org",
@@ -24,6 +24,8 @@ const client: ClusterCode = new ClusterCode({
 const show = (event: ClusterEvent) => console.log(event.offset);
 const end: () => void = client.subscribe("session:1", show, { since: "e:1" });
 client.follow("session:1", async ({ signal }) => void (await fetch("/", { signal })), ({ data }) => console.log(data));
+const restarts = ({ data }: ClusterEvent): number[] => (data as SessionPod).containers.map((one) => one.restarts);
+client.on("event", (event) => console.log(restarts(event)));
 client.on("state", ({ state, delay }) => { const now: State = state; console.log(now, delay?.toFixed()); });
 client.on("lost", ({ channels, position }) => console.log(channels.length, position.length));
 client.on("error", (error: ClusterCodeError) => console.log(error.code, error.fatal));
