@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from typing import Any
+from uuid import uuid4
 
 import aiohttp
 import pytest
 
 from orchestrator import events
+from orchestrator.errors import SettingsError
 from orchestrator.eventlog import outbox
 from orchestrator.events import Event
 from orchestrator.probes import Probes
 from orchestrator.settings import DatabaseSettings, ProbeSettings
 from tests.integration.processes.conftest import Make
-from tests.integration.processes.process import Process
+from tests.integration.processes.process import DEADLINE, Process
+from tests.kubernetes import NAMESPACES, PODS, KubernetesApi, pod
 from tests.proxy import TcpProxy
 
 
@@ -130,42 +132,73 @@ async def test_it_counts_what_it_carries_and_who_leads(make: Make, pool) -> None
         assert await worker.stop() == 0
 
 
-async def test_metrics_are_for_who_has_the_token(make: Make) -> None:
-    worker = make("orchestrator", METRICS_TOKEN="sesame")
-    await worker.start()
-    await worker.until_answer("/health", 200)
-    async with aiohttp.ClientSession() as http:
+async def test_it_counts_what_it_watches_and_says_which_of_them_watches(make: Make, pool, tmp_path) -> None:
+    async with KubernetesApi() as api:
+        options = {"kubeconfig": str(api.write_kubeconfig(tmp_path / "kubeconfig")), "instance": "here"}
+        namespace = str(uuid4())
+        labels = {"cluster-code.io/instance": "here", "cluster-code.io/project": namespace}
+        api.put(NAMESPACES, {"metadata": {"name": namespace, "labels": labels}})
+        api.put(PODS, pod("session-1-a", namespace, labels=labels))
+        await pool.execute("INSERT INTO providers (name, kind, options) VALUES ('staged', 'kubernetes', $1)", options)
+        workers = [make("orchestrator"), make("orchestrator")]
+        for worker in workers:
+            await worker.start()
+            await worker.until_answer("/ready", 200)
+
+        async def watched() -> bool:
+            texts = [(await worker.get("/metrics"))[1] for worker in workers]
+            return (
+                sum('cluster_code_watch_objects{provider="staged",resource="pod"} 1.0' in text for text in texts) == 1
+            )
+
+        await workers[0].until_so(watched)
+        texts = [(await worker.get("/metrics"))[1] for worker in workers]
+        name = 'cluster_code_watch_leads{provider="staged"}'
+        texts.sort(key=lambda text: sample(text, name))
+        assert [sample(text, name) for text in texts] == [0, 1]
+        # Only the one that leads has anything to say of the resources.
+        assert 'resource="pod"' not in texts[0]
+        for resource in ("pod", "namespace", "deployment", "event", "ingress"):
+            of = f'{{provider="staged",resource="{resource}"}}'
+            assert sample(texts[1], f"cluster_code_watch_up{of}") == 1
+            assert 0 <= sample(texts[1], f"cluster_code_watch_last_list_age_seconds{of}") < DEADLINE
+            assert sample(texts[1], f"cluster_code_watch_restarts_total{of}") == 0
+
+        api.put(PODS, pod("session-1-b", namespace, labels=labels))
+
+        async def told() -> bool:
+            text = max([(await worker.get("/metrics"))[1] for worker in workers], key=lambda text: sample(text, name))
+            count = sample(text, 'cluster_code_watch_lag_seconds_count{provider="staged"}')
+            return sample(text, 'cluster_code_watch_told_total{provider="staged"}') >= 3 and count > 0
+
+        await workers[0].until_so(told)
+        for worker in workers:
+            assert await worker.stop() == 0
+
+
+async def test_metrics_are_for_who_has_the_token() -> None:
+    probes = Probes(ProbeSettings(port="0", metrics_token="sesame"))
+    async with probes.listening() as port, aiohttp.ClientSession(f"http://127.0.0.1:{port}") as http:
         for given, status in ((None, 401), ("Bearer wrong", 401), ("Basic sesame", 401), ("Bearer sesame", 200)):
-            headers = {"Authorization": given} if given else {}
-            async with http.get(worker.url + "/metrics", headers=headers) as answer:
+            async with http.get("/metrics", headers={"Authorization": given} if given else {}) as answer:
                 assert answer.status == status, given
                 assert "sesame" not in await answer.text()
-    assert await worker.stop() == 0
 
 
-async def test_a_port_in_use_is_one_line(make: Make) -> None:
-    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        worker = make("orchestrator", ORCHESTRATOR_PORT=str(port))
-        await worker.start()
-        assert await worker.ended() == 2
-        said = [line for line in worker.output.read_text().splitlines() if not line.startswith("{")]
-        assert len(said) == 1
-        assert said[0].startswith(f"orchestrator: ORCHESTRATOR_PORT: 127.0.0.1:{port} is in use by another process: ")
+async def test_a_port_in_use_is_told() -> None:
+    taken = Probes(ProbeSettings(port="0"))
+    async with taken.listening() as port:
+        with pytest.raises(SettingsError, match=f"^ORCHESTRATOR_PORT: 127.0.0.1:{port} is in use by another process: "):
+            async with Probes(ProbeSettings(port=str(port))).listening():
+                pass
+    with pytest.raises(SettingsError, match=r"^ORCHESTRATOR_HOST: cannot listen on 192\.0\.2\.1:0: "):
+        async with Probes(ProbeSettings(host="192.0.2.1", port="0")).listening():
+            pass
 
 
-async def test_any_free_port_will_do_or_none(make: Make) -> None:
-    anywhere, nowhere = make("orchestrator", ORCHESTRATOR_PORT="0"), make("orchestrator", ORCHESTRATOR_PORT="off")
-    for worker in (anywhere, nowhere):
-        await worker.start()
-        await worker.until_logged("orchestrator runs")
-    (told,) = anywhere.logged("probes are answered")
-    anywhere.environment["PORT"] = str(told["port"])
-    await anywhere.until_answer("/ready", 200)
-    assert nowhere.logged("probes are answered") == []
-    for worker in (anywhere, nowhere):
-        assert await worker.stop() == 0
+async def test_there_need_be_no_port() -> None:
+    async with Probes(ProbeSettings(port="off")).listening() as port:
+        assert port is None
 
 
 class Hanging:
@@ -186,13 +219,3 @@ async def test_a_loop_that_hangs_is_a_reason_to_start_anew() -> None:
             async with http.get("/health") as answer:
                 assert answer.status == status
                 assert (await answer.json()).get("loops", []) == list(loops)
-
-
-@pytest.mark.parametrize("value", ["65536", "-1", "web"])
-async def test_a_wrong_port_is_one_line(made: Make, value: str) -> None:
-    worker = made(
-        "orchestrator", ORCHESTRATOR_PORT=value, DATABASE_URL="postgresql://x@127.0.0.1/x", AMQP_URL="amqp://x"
-    )
-    await worker.start()
-    assert await worker.ended() == 2
-    assert f"ORCHESTRATOR_PORT must be 0 to 65535, or off, not {value!r}" in worker.output.read_text()
