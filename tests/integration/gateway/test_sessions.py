@@ -457,3 +457,16 @@ async def test_people_see_what_they_can_choose_from(api: Api, ann: Person) -> No
         ("small", 1.0, 1 << 30, ["preview"])
     ]
     assert "options" not in {*providers[0], *configs[0]}
+
+
+async def test_a_provider_that_is_down_says_why(api: Api, ann: Person) -> None:
+    why = "The cluster 'k8s' (https://10.0.0.1:6443) does not answer: connection refused. Check that it runs."
+    await api.fetch(
+        "INSERT INTO providers (name, kind, state, message, checked_at) VALUES ('k8s', 'kubernetes', 'down', $1, now())",
+        why,
+    )
+    _, provider = (await api.call("GET", "/api/v1/providers", ann)).json["items"]
+    assert (provider["name"], provider["kind"], provider["state"], provider["message"]) == (
+        "k8s", "kubernetes", "down", why,
+    )  # fmt: skip
+    assert provider["checked_at"] is not None
