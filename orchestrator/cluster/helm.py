@@ -43,6 +43,7 @@ _BROKEN = re.compile(
     r"|secrets \"sh\.helm\.release\.v1\.\S+\" already exists|cannot re-use a name|failed to decode|illegal base64"
     r"|gzip: invalid|invalid character|unexpected end of JSON|has no \d+ version|release name is invalid"
 )
+_UNPATCHABLE = re.compile(r"cannot patch \"[^\"]*\" with kind Deployment")
 _FORBIDDEN = re.compile(r"(?:\S+ )?(?:\"[^\"]*\" )?is forbidden: .*", re.DOTALL)
 _FOREIGN = re.compile(r"(\S+) \"([^\"]+)\" in namespace \"[^\"]*\" exists and cannot be imported", re.DOTALL)
 # What a template calls for with `required` or `fail`.
@@ -52,6 +53,10 @@ _SCHEMA = re.compile(r"values don't meet the specifications of the schema.*?:\s*
 
 class ReleaseBroken(ClusterCodeError):
     """What Helm keeps about a release is of no use any more; without it, helm takes over what is there."""
+
+
+class DeploymentBroken(ReleaseBroken):
+    """The Deployment cannot become what it shall be from what it is: without it, helm makes it anew."""
 
 
 class _Release(msgspec.Struct):
@@ -106,8 +111,8 @@ class Helm:
     ) -> int:
         """Install the release or bring it up to date, and return its new revision; does not wait for pods.
 
-        `values` are JSON or YAML. Raises ProviderUnavailable, ApiRefused (what the API forbids), ReleaseBroken, and
-        ProviderFailure: `InvalidValues`, `ObjectTaken`, `HelmFailed`.
+        `values` are JSON or YAML. Raises ProviderUnavailable, ApiRefused (what the API forbids), ReleaseBroken,
+        DeploymentBroken, and ProviderFailure: `InvalidValues`, `ObjectTaken`, `HelmFailed`.
         """
         # Helm 4 applies on the server, where somebody who scaled the Deployment by hand would own its replicas.
         force = ["--force-conflicts"] if (await self.check())[0] >= 4 else []
@@ -129,6 +134,13 @@ class Helm:
         await self._run(
             "rollback", release, str(revision), f"--namespace={namespace}", f"--history-max={_HISTORY}",
             f"--timeout={deadline:.0f}s", *force, deadline=deadline,
+        )  # fmt: skip
+
+    async def values(self, release: str, namespace: str, revision: int, *, deadline: float) -> bytes:
+        """The values that a revision was made with, as JSON. Raises what `upgrade` does."""
+        return await self._run(
+            "get", "values", release, f"--revision={revision}", f"--namespace={namespace}", "--output=json",
+            deadline=deadline,
         )  # fmt: skip
 
     async def uninstall(self, release: str, namespace: str, *, deadline: float) -> None:
@@ -194,6 +206,8 @@ def failure(verb: str, text: str) -> ClusterCodeError:
         )
     if forbidden := _FORBIDDEN.search(line):
         return ApiRefused(403, "Forbidden", forbidden[0])
+    if _UNPATCHABLE.search(said):
+        return DeploymentBroken(f"helm {verb}: {line}")
     if _BROKEN.search(said):
         return ReleaseBroken(f"helm {verb}: {line}")
     if _AWAY.search(said):

@@ -235,7 +235,7 @@ class KubernetesProvider:
                 way_back = self._releases.way_back(namespace, wanted)
                 if way_back is None or not isinstance(failure, ProviderFailure):
                     raise failure from error
-                raise await self._roll_back(ref, *way_back, failure, report) from error
+                raise await self._roll_back(ref, *way_back, chart, failure, report) from error
             if running:
                 await self._releases.settle(ref, namespace, wanted)
                 if changed:
@@ -270,13 +270,13 @@ class KubernetesProvider:
             await asyncio.sleep(ROLLOUT_INTERVAL)
 
     async def _roll_back(
-        self, ref: SessionRef, revision: int, digest: str, failure: ProviderFailure, report: Report
+        self, ref: SessionRef, revision: int, digest: str, chart: Chart, failure: ProviderFailure, report: Report
     ) -> ProviderFailure:
         """Go back to a revision that was good, and wait for it: what to tell of it all."""
         log.warning("rolling back", session=ref.session_id, revision=revision, reason=failure.reason)
         await report("RollingBack", f"{failure} Going back to what ran before.")
         try:
-            await self._releases.roll_back(ref, revision)
+            await self._releases.roll_back(ref, revision, chart)
             running = await self._bring_up(ref, report)
         except (ProviderFailure, ApiRefused) as error:
             return ProviderFailure(failure.reason, f"{failure} Going back to what ran before failed, too: {error}")

@@ -6,21 +6,22 @@ Two annotations of the namespace say it, so that any orchestrator can go on from
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import structlog
 
 from orchestrator.cluster.client import Cluster
-from orchestrator.cluster.helm import Helm, ReleaseBroken
-from orchestrator.cluster.objects import Deployment, Namespace, Partial, Service
+from orchestrator.cluster.helm import DeploymentBroken, Helm, ReleaseBroken
+from orchestrator.cluster.objects import Namespace, Partial
 from orchestrator.errors import ApiRefused, ProviderFailure
 from orchestrator.providers.contract import Report, SessionRef
-from orchestrator.providers.namespaces import Namespaces
+from orchestrator.providers.namespaces import POLL_INTERVAL, Namespaces
 
 log = structlog.get_logger("provider.kubernetes")
 
@@ -28,6 +29,8 @@ APPLIED = "cluster-code.io/applied"
 GOOD = "cluster-code.io/good"
 # Seconds that one call of helm may take: it waits for no pod, but for hooks.
 _HELM_DEADLINE = 300.0
+# Seconds that the pods of a Deployment that is made anew may take to end.
+_DROP_DEADLINE = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +106,7 @@ class Releases:
         if applied is not None:
             await self._namespaces.annotate(ref, {APPLIED: None})
         await self._forget(ref, [one for one in records if one.status.startswith("pending-")])
-        given = orjson.dumps(values)
-        place = ref.container_name, ref.namespace, chart.ref, chart.version, given
-        try:
-            await self._helm.upgrade(*place, deadline=_HELM_DEADLINE)
-        except ReleaseBroken as error:
-            log.warning(
-                "release cannot be gone on from; taking over what is there", session=ref.session_id, error=str(error)
-            )
-            await self._forget(ref, await self._records(ref))
-            try:
-                await self._helm.upgrade(*place, deadline=_HELM_DEADLINE)
-            except ReleaseBroken as still:
-                raise ProviderFailure("HelmFailed", f"{still}.") from still
+        await self._upgrade(ref, chart, orjson.dumps(values))
         await self._namespaces.annotate(ref, {APPLIED: wanted})
         return True
 
@@ -131,11 +122,37 @@ class Releases:
         revision, _, digest = namespace.metadata.annotations.get(GOOD, "").partition(" ")
         return (int(revision), digest) if revision.isdecimal() and digest not in ("", wanted) else None
 
-    async def roll_back(self, ref: SessionRef, revision: int) -> None:
-        """Go back to a revision; does not wait for pods. Raises what `Helm.rollback` does."""
+    async def roll_back(self, ref: SessionRef, revision: int, chart: Chart) -> None:
+        """Go back to a revision; does not wait for pods. Raises what `deploy` does.
+
+        `chart` is the one to go back with where Helm cannot: a volume that has grown, for one, never shrinks again.
+        """
         await self._namespaces.annotate(ref, {APPLIED: None})
         await self._forget(ref, [one for one in await self._records(ref) if one.status.startswith("pending-")])
-        await self._helm.rollback(ref.container_name, ref.namespace, revision, deadline=_HELM_DEADLINE)
+        place = ref.container_name, ref.namespace
+        try:
+            await self._helm.rollback(*place, revision, deadline=_HELM_DEADLINE)
+        except (ReleaseBroken, ProviderFailure) as error:
+            log.warning("helm cannot roll back; applying the values of then", session=ref.session_id, error=str(error))
+            values = await self._helm.values(*place, revision, deadline=_HELM_DEADLINE)
+            await self._upgrade(ref, chart, values)
+
+    async def _upgrade(self, ref: SessionRef, chart: Chart, values: bytes) -> None:
+        """Have helm apply the values, once more without what it stumbles over."""
+        place = ref.container_name, ref.namespace, chart.ref, chart.version, values
+        try:
+            await self._helm.upgrade(*place, deadline=_HELM_DEADLINE)
+            return
+        except ReleaseBroken as error:
+            log.warning("helm cannot go on from what is there", session=ref.session_id, error=str(error))
+            if not isinstance(error, DeploymentBroken):
+                await self._forget(ref, await self._records(ref))
+            # A change that is merged into what nobody remembers may not be valid. A session has no pod to lose now.
+            await self._drop_deployment(ref)
+        try:
+            await self._helm.upgrade(*place, deadline=_HELM_DEADLINE)
+        except ReleaseBroken as error:
+            raise ProviderFailure("HelmFailed", f"{error}.") from error
 
     async def uninstall(self, ref: SessionRef) -> None:
         """Remove the release if there is one. Records that are of no use are left to the namespace's deletion."""
@@ -150,11 +167,12 @@ class Releases:
 
     async def _whole(self, ref: SessionRef) -> bool:
         """Whether nobody took away by hand what a session cannot do without."""
+        service = f"/api/v1/namespaces/{ref.namespace}/services/{ref.container_name}"
+        return await self._there(_deployment(ref)) and await self._there(service)
+
+    async def _there(self, path: str) -> bool:
         try:
-            await self._cluster.get(
-                f"/apis/apps/v1/namespaces/{ref.namespace}/deployments/{ref.container_name}", Deployment
-            )
-            await self._cluster.get(f"/api/v1/namespaces/{ref.namespace}/services/{ref.container_name}", Service)
+            await self._cluster.get(path, Partial)
         except ApiRefused as error:
             if error.status != 404:
                 raise
@@ -178,8 +196,33 @@ class Releases:
             log.warning(
                 "forgetting a broken revision", session=ref.session_id, revision=one.revision, status=one.status
             )
-            try:
-                await self._cluster.delete(f"/api/v1/namespaces/{ref.namespace}/secrets/{one.name}")
-            except ApiRefused as error:
-                if error.status != 404:
-                    raise
+            await self._drop(f"/api/v1/namespaces/{ref.namespace}/secrets/{one.name}")
+
+    async def _drop_deployment(self, ref: SessionRef) -> None:
+        """Delete the Deployment, and return when its pods are gone, too: they count against the quota."""
+        await self._drop(_deployment(ref), propagation="Foreground")
+        try:
+            async with asyncio.timeout(_DROP_DEADLINE) as timer:
+                while True:
+                    if not await self._there(_deployment(ref)):
+                        return
+                    await asyncio.sleep(POLL_INTERVAL)
+        except TimeoutError:
+            if not timer.expired():
+                raise
+        raise ProviderFailure(
+            "StopTimeout",
+            f"The pods of {ref.container_name} have not ended within {_DROP_DEADLINE:.0f} seconds: see whether their"
+            " node is well, and start again.",
+        )
+
+    async def _drop(self, path: str, *, propagation: Literal["Background", "Foreground"] = "Background") -> None:
+        try:
+            await self._cluster.delete(path, propagation=propagation)
+        except ApiRefused as error:
+            if error.status != 404:
+                raise
+
+
+def _deployment(ref: SessionRef) -> str:
+    return f"/apis/apps/v1/namespaces/{ref.namespace}/deployments/{ref.container_name}"
