@@ -462,7 +462,8 @@ async def test_people_see_what_they_can_choose_from(api: Api, ann: Person) -> No
 async def test_a_provider_that_is_down_says_why(api: Api, ann: Person) -> None:
     why = "The cluster 'k8s' (https://10.0.0.1:6443) does not answer: connection refused. Check that it runs."
     await api.fetch(
-        "INSERT INTO providers (name, kind, state, message, checked_at) VALUES ('k8s', 'kubernetes', 'down', $1, now())",
+        """INSERT INTO providers (name, kind, state, message, checked_at)
+           VALUES ('k8s', 'kubernetes', 'down', $1, now())""",
         why,
     )
     _, provider = (await api.call("GET", "/api/v1/providers", ann)).json["items"]
