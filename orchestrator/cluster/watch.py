@@ -152,16 +152,23 @@ def without_annotations(thing: T) -> T:
     """What is held of an object, where nothing else is said: annotations may be larger than all the rest."""
     if not thing.metadata.annotations:
         return thing
-    metadata = msgspec.structs.replace(thing.metadata, annotations={})
+    return _with(thing, msgspec.structs.replace(thing.metadata, annotations={}))
+
+
+def _with_version(thing: T, version: str) -> T:
+    return _with(thing, msgspec.structs.replace(thing.metadata, resource_version=version))
+
+
+def _with(thing: T, metadata: Meta) -> T:
     return cast(T, msgspec.structs.replace(cast(msgspec.Struct, thing), metadata=metadata))
 
 
 class Informer(Generic[T]):
     """Follows one resource: `path` in all namespaces (`/api/v1/pods`) or one, of the struct `type` of `objects`.
 
-    `keep` makes of an object what is held of it, of the same type. `page` is how many objects a list asks for at a
-    time, `watch_for` the seconds after which the server is to end a watch, `stall` those without a byte after which it
-    is given up: more than the minute between two bookmarks.
+    `keep` makes of an object what is held of it, of the same type; that something else of it has changed is not told.
+    `page` is how many objects a list asks for at a time, `watch_for` the seconds after which the server is to end a
+    watch, `stall` those without a byte after which it is given up: more than the minute between two bookmarks.
 
         async with aclosing(informer.batches()) as batches:
             async for batch in batches:
@@ -213,13 +220,14 @@ class Informer(Generic[T]):
     def get(self, namespace: str, name: str) -> T | None:
         """The object of this name ("" as the namespace of what is in none), as it was last seen."""
         held = self._namespaces.get(namespace, {}).get(name)
-        return self._packing.unpack(held.body) if held else None
+        return self._unpack(held.version, held.body) if held else None
 
     def held(self, namespace: str | None = None) -> Iterator[T]:
         """What is held of one namespace, or of all, as it was when this was called; each is decoded as it is taken."""
         spaces = self._namespaces.values() if namespace is None else [self._namespaces.get(namespace, {})]
-        bodies = [held.body for space in spaces for held in space.values()]
-        return map(self._packing.unpack, bodies)
+        # Not what is held, which changes in place.
+        now = [(held.version, held.body) for space in spaces for held in space.values()]
+        return (self._unpack(version, body) for version, body in now)
 
     # What happens. ---------------------------------------------------------------------------------------------------
 
@@ -329,16 +337,17 @@ class Informer(Generic[T]):
         if held is None or held.uid != meta.uid:
             if held is not None:
                 changes.append(Change("deleted", self._forget(meta.namespace, meta.name), True))
-                held = None
             changes.append(Change("added", thing, True))
         elif held.version != version:
             # Not "less": a list is the truth, also where the cluster was set back to an earlier state.
-            changes.append(Change("modified", thing, True))
+            if self._renew(thing, version, held):
+                changes.append(Change("modified", thing, True))
+            return
         else:
             held.round = self._round
             return
         self._gone.pop(meta.uid, None)
-        self._hold(thing, version, held)
+        self._hold(thing, version)
 
     def _vanished(self, gone: Sequence[tuple[str, str]], *, synced: bool) -> Batch[T]:
         changes = [Change("deleted", self._forget(namespace, name), True) for namespace, name in gone]
@@ -451,14 +460,15 @@ class Informer(Generic[T]):
         elif version <= held.version:
             return False
         elif held.uid == meta.uid:
-            changes.append(Change("modified", thing))
+            if self._renew(thing, version, held):
+                changes.append(Change("modified", thing))
+            return True
         elif meta.uid in self._gone:
             return False
         else:
             changes.append(Change("deleted", self._forget(meta.namespace, meta.name), True))
             changes.append(Change("added", thing))
-            held = None
-        self._hold(thing, version, held)
+        self._hold(thing, version)
         return True
 
     def _deleted(self, thing: T | _Named, changes: list[Change[T]]) -> bool:
@@ -472,15 +482,27 @@ class Informer(Generic[T]):
         changes.append(Change("deleted", last if isinstance(thing, _Named) else thing))
         return True
 
-    def _hold(self, thing: T, version: int, held: _Held | None) -> None:
-        """Hold an object, in the place of what is held of it already."""
-        body = self._packing.pack(self._keep(thing))
-        if held is not None:
-            held.version, held.round, held.body = version, self._round, body
-        else:
-            meta = thing.metadata
-            held = _Held(meta.uid, version, self._round, body)
-            self._namespaces.setdefault(meta.namespace, {})[meta.name] = held
+    def _pack(self, thing: T) -> bytes:
+        # The version is held beside it: where only that is new, the bytes are the same.
+        return self._packing.pack(_with_version(self._keep(thing), ""))
+
+    def _unpack(self, version: int, body: bytes) -> T:
+        return _with_version(self._packing.unpack(body), str(version))
+
+    def _hold(self, thing: T, version: int) -> None:
+        """Hold an object of a name that nothing is held of."""
+        meta = thing.metadata
+        held = _Held(meta.uid, version, self._round, self._pack(thing))
+        self._namespaces.setdefault(meta.namespace, {})[meta.name] = held
+
+    def _renew(self, thing: T, version: int, held: _Held) -> bool:
+        """Hold an object as it is now; whether it is another than it was."""
+        body = self._pack(thing)
+        changed = body != held.body
+        held.version, held.round = version, self._round
+        if changed:
+            held.body = body
+        return changed
 
     def _forget(self, namespace: str, name: str) -> T:
         """Hold an object no more; returns it as it was last."""
@@ -489,7 +511,7 @@ class Informer(Generic[T]):
         if not names:
             del self._namespaces[namespace]
         self._remember(held.uid)
-        return self._packing.unpack(held.body)
+        return self._unpack(held.version, held.body)
 
     def _remember(self, uid: str) -> None:
         self._gone[uid] = None

@@ -97,8 +97,26 @@ async def test_of_an_object_is_held_what_the_caller_keeps(api: KubernetesApi, cl
     informer = Informer(cluster, PODS, Pod, keep=lambda pod: Pod(metadata=Meta(name=pod.metadata.name)))
     async with following(informer) as follower:
         await follower.until(lambda: follower.syncs == 1)
-        assert list(informer.held()) == [Pod(metadata=Meta(name="a"))]
+        assert list(informer.held()) == [Pod(metadata=Meta(name="a", resource_version=str(api.version)))]
         assert follower.changes[0].object.status.phase == "Running"
+
+
+async def test_that_something_has_changed_which_is_not_kept_is_not_told(api: KubernetesApi, cluster: Cluster) -> None:
+    api.put(PODS, pod("a", "one"))
+    async with following(Informer(cluster, PODS, Pod)) as follower:
+        await api.watching(PODS)
+        api.patch(PODS, "a", {"metadata": {"annotations": {"seen": "now"}}}, namespace="one")
+        api.put(PODS, pod("b", "one"))
+        await follower.until(lambda: len(follower.changes) == 2)
+        api.cut()
+        api.patch(PODS, "a", {"metadata": {"annotations": {"seen": "later"}}}, namespace="one")
+        last = api.version
+        api.compact()
+        await follower.until(lambda: follower.syncs == 2)
+        assert follower.told == [("added", "a", True), ("added", "b", False)]
+        held = follower.informer.get("one", "a")
+        assert held is not None
+        assert held.metadata.resource_version == str(last)
 
 
 async def test_only_what_has_the_label_is_seen_and_what_loses_it_is_deleted(
@@ -258,7 +276,7 @@ async def test_what_it_has_done_is_counted(api: KubernetesApi, cluster: Cluster)
         stats = follower.informer.stats
         await api.watching(PODS)
         assert (stats.last_event, stats.lines, stats.changes) == (None, 0, 1)
-        api.put(PODS, pod("a", "one"))
+        api.put(PODS, pod("a", "one", phase="Failed"))
         api.delete(PODS, "a", namespace="one")
         await follower.until(lambda: len(follower.changes) == 3)
         assert (stats.changes, stats.lines, stats.lists, stats.watches, stats.restarts) == (3, 2, 1, 1, 0)

@@ -331,7 +331,7 @@ async def test_a_line_may_have_any_size(api: KubernetesApi, cluster: Cluster) ->
     api.put(PODS, large)
     async with following(Informer(cluster, PODS, Pod)) as follower:
         await api.watching(PODS)
-        api.put(PODS, large)
+        api.put(PODS, large | {"status": {"phase": "Failed"}})
         put(api, "b")
         await follower.until(lambda: len(follower.changes) == 4)
         assert follower.told == [
