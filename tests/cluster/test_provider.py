@@ -22,6 +22,7 @@ from structlog.testing import capture_logs
 
 from orchestrator.cluster.access import Kubeconfig
 from orchestrator.cluster.client import Cluster
+from orchestrator.cluster.helm import Helm
 from orchestrator.cluster.objects import INSTANCE, PROJECT
 from orchestrator.errors import ProviderFailure, ProviderUnavailable
 from orchestrator.providers.contract import Endpoint, Machine, RolledBack, SessionRef, SessionSpec, State
@@ -30,6 +31,8 @@ from orchestrator.providers.options import KubernetesOptions
 from tests.cluster.conftest import IMAGE, absent, eventually, removed_after, there
 from tests.conftest import no_task_left
 
+# Values of our own chart.
+DEFAULTS = Path(__file__).parents[1] / "charts" / "values" / "cluster-code" / "defaults.yaml"
 SECRET = "correct-horse-battery"
 SERVE = "mkdir -p /tmp/w && echo hi > /tmp/w/index.html && exec httpd -f -p $PORT -h /tmp/w"
 # What makes a session small, and quick to begin and to end.
@@ -119,6 +122,34 @@ async def make(kubeconfig: Path, instance: str) -> AsyncIterator[MakeProvider]:
     assert [one.cmdline() for one in psutil.Process().children(recursive=True) if "helm" in one.name()] == []
 
 
+@pytest_asyncio.fixture
+async def account(cluster: Cluster, kubeconfig: Path, tmp_path: Path) -> AsyncIterator[Path]:
+    """A kubeconfig of one who has just the rights that our own chart gives to orchestrators."""
+    name = f"test-{uuid4()}"
+    helm = await asyncio.create_subprocess_exec(
+        Helm()._find(), "template", "x", str(CHART.with_name("cluster-code")), "--show-only=templates/rbac.yaml",
+        f"--values={DEFAULTS}", stdout=subprocess.PIPE,
+    )  # fmt: skip
+    rendered, _ = await helm.communicate()
+    role = next(one for one in yaml.safe_load_all(rendered) if one["kind"] == "ClusterRole")
+    group = "rbac.authorization.k8s.io"
+    roles, bindings = (f"/apis/{group}/v1/{one}" for one in ("clusterroles", "clusterrolebindings"))
+    await cluster.create(roles, {"metadata": {"name": name}, "rules": role["rules"]}, dict)
+    bound = {
+        "metadata": {"name": name},
+        "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": name},
+        "subjects": [{"apiGroup": group, "kind": "User", "name": name}],
+    }
+    await cluster.create(bindings, bound, dict)
+    config = yaml.safe_load(kubeconfig.read_text())
+    config["users"][0]["user"]["as"] = name
+    path = tmp_path / "kubeconfig"
+    path.write_text(yaml.safe_dump(config))
+    yield path
+    await cluster.delete(f"{bindings}/{name}")
+    await cluster.delete(f"{roles}/{name}")
+
+
 @pytest.fixture
 def provider(make: MakeProvider) -> KubernetesProvider:
     return make()
@@ -150,7 +181,8 @@ async def revisions(provider: KubernetesProvider, session: SessionSpec) -> list[
     return sorted((one["version"], one["status"]) for one in labels)
 
 
-async def test_a_session_lives_its_life(provider: KubernetesProvider, heard: Heard) -> None:
+async def test_a_session_lives_its_life(make: MakeProvider, account: Path, heard: Heard) -> None:
+    provider = make(kubeconfig=str(account))
     # Volumes of this cluster belong to root, whatever fsGroup says.
     session = spec(env={"GREETING": "hello"}, storage={"permissionsImage": IMAGE})
     ref = session.ref
