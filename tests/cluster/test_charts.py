@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from orchestrator.providers.contract import Machine, SessionRef, SessionSpec, St
 from orchestrator.providers.kubernetes import KubernetesProvider
 from orchestrator.providers.options import KubernetesOptions
 from tests.charts import chart
-from tests.cluster.conftest import IMAGE, eventually, removed_after
+from tests.cluster.conftest import IMAGE, eventually, removed_after, there
 
 # Several rollouts, beside others, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(300)
@@ -99,12 +100,22 @@ class Place:
         return [f"{kind}/{metadata['name']}" for kind, metadata in found if "deletionTimestamp" not in metadata]
 
 
-@pytest.fixture
-def place(cluster: Cluster, kubeconfig: Path, made: str) -> Place:
-    return Place(cluster, kubeconfig, made)
+async def test_each_chart_is_installed_changed_rolled_back_and_removed(cluster: Cluster, kubeconfig: Path) -> None:
+    """Side by side, since most of it is waiting for the cluster."""
+    async with asyncio.TaskGroup() as group:
+        for lives in (a_session, a_container, the_service):
+            group.create_task(_in_a_place(lives, cluster, kubeconfig), name=lives.__name__)
 
 
-async def test_a_session_comes_changes_goes_back_and_goes(place: Place) -> None:
+async def _in_a_place(lives: Callable[[Place], Awaitable[None]], cluster: Cluster, kubeconfig: Path) -> None:
+    async with removed_after(cluster, str(uuid4())) as namespace:
+        path = "/api/v1/namespaces"
+        await cluster.create(path, {"metadata": {"name": namespace}}, Partial)
+        await eventually(lambda: there(cluster, f"{path}/{namespace}/serviceaccounts/default"))
+        await lives(Place(cluster, kubeconfig, namespace))
+
+
+async def a_session(place: Place) -> None:
     def values(said: str, **more: Any) -> dict[str, Any]:
         first = "echo started >> $WORKSPACE/starts"
         preview = {
@@ -122,7 +133,7 @@ async def test_a_session_comes_changes_goes_back_and_goes(place: Place) -> None:
             "resources": {"cpu": "500m", "memory": "96Mi", "requestPercent": {"cpu": 5}},
             "storage": VOLUME,
             "envSecret": "",
-            "terminationGracePeriodSeconds": 1,
+            "terminationGracePeriodSeconds": 0,
             "ingress": {"enabled": True, "host": "a.example.com"},
             # The API server's proxy comes from the node.
             "networkPolicy": {"enabled": True},
@@ -164,7 +175,7 @@ async def stopped(place: Place) -> bool:
     return "replicas" not in (await place.get(f"apps/v1 deployments/{RELEASE}"))["status"]
 
 
-async def test_a_container_comes_changes_goes_back_and_goes(place: Place) -> None:
+async def a_container(place: Place) -> None:
     def values(said: str) -> dict[str, Any]:
         return {
             "image": IMAGE,
@@ -175,7 +186,7 @@ async def test_a_container_comes_changes_goes_back_and_goes(place: Place) -> Non
             "storage": VOLUME,
             "service": {"port": 80},
             "securityContext": {"readOnlyRootFilesystem": True},
-            "terminationGracePeriodSeconds": 1,
+            "terminationGracePeriodSeconds": 0,
         }
 
     notes = await place.install("dev-container", values("one"))
@@ -201,19 +212,19 @@ async def restarts(place: Place) -> int:
     return int(pod["status"]["containerStatuses"][0]["restartCount"])
 
 
-async def test_the_service_comes_changes_goes_back_and_goes(place: Place) -> None:
+async def the_service(place: Place) -> None:
     url = "postgresql://cluster:word@db.example.com/cluster"
 
     def values(level: str, *, migrates: bool = True) -> dict[str, Any]:
         document = '{\\"level\\": \\"$LOG_LEVEL\\", \\"url\\": \\"$DATABASE_URL\\"}'
         small = {"replicas": 1, "resources": SMALL, "terminationGracePeriodSeconds": 1}
+        autoscaling = {"enabled": True, "minReplicas": 1}
         return {
             "image": {"repository": IMAGE.rpartition(":")[0], "tag": IMAGE.rpartition(":")[2]},
             "secrets": {"DATABASE_URL": url, "AMQP_URL": "amqp://mq.example.com", "JWT_SECRET": str(uuid4())},
             "settings": {"LOG_LEVEL": level},
             "machines": {"providers": [{"name": "here", "kind": "kubernetes"}]},
-            "gateway": small
-            | {"command": serving(document), "preStopSeconds": 0, "autoscaling": {"enabled": True, "minReplicas": 1}},
+            "gateway": small | {"command": serving(document), "preStopSeconds": 0, "autoscaling": autoscaling},
             "orchestrator": small | {"command": serving(document, "export PORT=$ORCHESTRATOR_PORT")},
             "migration": {
                 "command": ["sh", "-c", f'test "$DATABASE_URL" = {url if migrates else "another"}'],
@@ -276,7 +287,10 @@ WATCHED = [
 ]
 
 
-async def test_the_role_is_enough_for_sessions_and_for_nothing_else(place: Place, tmp_path: Path) -> None:
+async def test_the_role_is_enough_for_sessions_and_for_nothing_else(
+    cluster: Cluster, kubeconfig: Path, made: str, tmp_path: Path
+) -> None:
+    place = Place(cluster, kubeconfig, made)
     values = yaml.safe_load(chart.Case("cluster-code", "defaults").values.read_text())
     nothing_runs = {"gateway": {"replicas": 0}, "orchestrator": {"replicas": 0}, "migration": {"enabled": False}}
     await place.install("cluster-code", values | nothing_runs)
@@ -289,7 +303,7 @@ async def test_the_role_is_enough_for_sessions_and_for_nothing_else(place: Place
     machine = Machine(
         *("test", 0.2, 64 << 20, 10 << 20),
         services={"preview": preview},
-        options={"values": {"terminationGracePeriodSeconds": 1}},
+        options={"values": {"terminationGracePeriodSeconds": 0}},
     )
     spec = SessionSpec(ref, project, None, None, {"GREETING": "hello"}, machine)
     async with removed_after(place.cluster, str(project)):
