@@ -31,6 +31,9 @@ from orchestrator.providers.options import KubernetesOptions
 from tests.cluster.conftest import IMAGE, absent, eventually, removed_after, there
 from tests.conftest import no_task_left
 
+# Pods take their time where the machine is busy.
+pytestmark = pytest.mark.timeout(240)
+
 # Values of our own chart.
 DEFAULTS = Path(__file__).parents[1] / "charts" / "values" / "cluster-code" / "defaults.yaml"
 SECRET = "correct-horse-battery"
@@ -312,6 +315,7 @@ async def test_a_release_that_a_crash_left_pending_is_gone_on_with(
     await provider._namespaces.claim(session.ref, heard)
     values = {
         "instance": provider.options.instance, "session": "42", "envSecret": "", "networkPolicy": {"enabled": False},
+        "terminationGracePeriodSeconds": 0,
         "services": {
             "preview": {"image": "bench.local/nothing:1"}, "chat": {"enabled": False}, "vscode": {"enabled": False},
         },
@@ -476,8 +480,8 @@ async def _watched(provider: KubernetesProvider) -> list[Any]:
     return [one async for one in provider.watch()]
 
 
-async def test_commands_run_where_the_session_runs(make: MakeProvider, heard: Heard) -> None:
-    provider = make(exec_deadline=3)
+async def test_commands_run_where_the_session_runs_until_its_pods_are_gone(make: MakeProvider, heard: Heard) -> None:
+    provider = make(exec_deadline=3, stop_deadline=3)
     services = {
         "chat": {"image": IMAGE, "command": ["sh", "-c", SERVE]},
         "vscode": {"image": IMAGE, "command": ["sh", "-c", SERVE]},
@@ -488,3 +492,14 @@ async def test_commands_run_where_the_session_runs(make: MakeProvider, heard: He
     assert await provider.exec(session.ref, ["sh", "-c", "echo no >&2; exit 3"]) == (3, b"no\n")
     with pytest.raises(ProviderFailure, match="did not end within 3 seconds"):
         await provider.exec(session.ref, ["sleep", "1000"])
+
+    pod = f"pods/{(await objects(provider.cluster, inside(session, 'pods')))[0]['metadata']['name']}"
+    await provider.cluster.patch(inside(session, pod), {"metadata": {"finalizers": ["example.com/hold"]}}, dict)
+    try:
+        with pytest.raises(ProviderFailure, match=r"After 3 seconds still not ended: session-42-.*node") as hangs:
+            await provider.stop(session.ref)
+        assert hangs.value.reason == "StopTimeout"
+    finally:
+        await provider.cluster.patch(inside(session, pod), {"metadata": {"finalizers": None}}, dict)
+    await make().stop(session.ref)
+    assert await objects(provider.cluster, inside(session, "pods")) == []

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.cluster.helm import ReleaseBroken, failure
+from orchestrator.cluster.helm import DeploymentBroken, ReleaseBroken, failure
 from orchestrator.errors import ApiRefused, ClusterCodeError, ProviderFailure, ProviderUnavailable
 
 USER = 'User "user" cannot list resource "secrets" in API group "" in the namespace "n"'
@@ -72,6 +72,11 @@ SCHEMA = "values don't meet the specifications of the schema(s) in the following
             'Error: UPGRADE FAILED: no revision for release "session-1"',
             ReleaseBroken,
             'helm upgrade: no revision for release "session-1"',
+        ),
+        (
+            'Error: UPGRADE FAILED: cannot patch "session-1" with kind Deployment: it is invalid: two probes',
+            DeploymentBroken,
+            'helm upgrade: cannot patch "session-1" with kind Deployment: it is invalid: two probes',
         ),
         ("Error: repo foo not found", ProviderFailure, "helm upgrade failed: repo foo not found"),
         ("", ProviderFailure, "helm upgrade failed: it did not say why"),

@@ -16,6 +16,7 @@ from orchestrator.errors import ProviderUnavailable, SettingsError
 from orchestrator.providers import launch
 from orchestrator.providers.changes import Changes
 from orchestrator.providers.contract import LogLine, Observation, SessionRef, State
+from orchestrator.providers.kubernetes import KubernetesProvider
 from orchestrator.providers.local import LocalProvider
 from orchestrator.providers.operations import Operations, finish
 from orchestrator.providers.options import LocalOptions
@@ -140,6 +141,18 @@ def test_the_registry_opens_local_providers(tmp_path: Path) -> None:
     assert isinstance(provider, LocalProvider)
     assert list(tmp_path.iterdir()) == []
     assert LocalOptions.load({"repo_schemes": ["https"]}).repo_schemes == ("https",)
+
+
+async def test_the_registry_opens_a_cluster_that_is_not_there_yet(tmp_path: Path) -> None:
+    options = {"kubeconfig": str(tmp_path / "missing"), "transient_reasons": ["FailedScheduling", "BackOff"]}
+    provider = open_provider("kubernetes", "east", options, data_dir=tmp_path, sink=ignore)
+    assert isinstance(provider, KubernetesProvider)
+    assert provider.options.transient_reasons == ("FailedScheduling", "BackOff")
+    with pytest.raises(ProviderUnavailable, match="missing"):
+        await provider.check()
+    await provider.close()
+    with pytest.raises(SettingsError, match=r"'east': options\.log_streams: "):
+        open_provider("kubernetes", "east", {"log_streams": -1}, data_dir=tmp_path, sink=ignore)
 
 
 @pytest.mark.parametrize("session_id", ["../x", "7", 0, -1, True, 1.0, None])
