@@ -47,6 +47,8 @@ def _head(data: dict[str, Any], name: str) -> Text:
 def _pod(data: dict[str, Any]) -> Text:
     text = _head(data, data["pod"])
     text.append(f" {data['phase'] or 'Unknown'}", style=_PHASES.get(data["phase"], "yellow"))
+    if data["node"]:
+        text.append(f" on {data['node']}", style="dim")
     if data["reason"]:
         text.append(f" {data['reason']}", style="red")
     if data["message"]:

@@ -48,7 +48,7 @@ CASES: list[tuple[str, Any, str]] = [
             " · vscode ContainerCreating · shell terminated OOMKilled exit 137"
         ),
     ),
-    ("session.pod", pod(change="deleted", phase="Succeeded"), "- s-42-x Succeeded"),
+    ("session.pod", pod(change="deleted", phase="Succeeded", node="n1"), "- s-42-x Succeeded on n1"),
     (
         "session.event",
         _HEAD | {"type": "Warning", "reason": "BackOff", "object": "Pod/s-42-x", "container": "preview", "count": 3,
