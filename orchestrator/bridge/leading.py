@@ -29,11 +29,15 @@ from orchestrator.cluster.objects import INSTANCE, PROJECT, SESSION, Deployment,
 from orchestrator.cluster.watch import Change, Informer
 from orchestrator.database import Connection, Pool, backoff
 from orchestrator.errors import ApiRefused, ProviderUnavailable
+from orchestrator.providers.contract import Observation
+from orchestrator.providers.evidence import is_ready
 
 log = structlog.get_logger("bridge")
 
-# Seconds that changes wait for others, to be one transaction; and how many that are at most.
-TICK = 0.05
+# Seconds that changes wait for others, to be one transaction: after a quiet time, and while many come; and how many
+# that are at most.
+_SOON = 0.01
+_BUSY = 0.2
 LIMIT = 500
 # Changes that may wait: what is read of the cluster faster than it can be told is left there.
 _MOST = 5000
@@ -190,13 +194,13 @@ class Lead:
         how = "deleted" if gone else "added" if known is None else "modified"
         self._add(
             Row(
-                kind.name, kind.event_type, kind.to_session, meta.uid, session, version, digest,
-                visible.told(self._json_name, session, how, meta, body),
-                gone=gone,
+                kind.name, meta.uid, session, version, digest,
+                visible.told(kind, self._json_name, session, how, meta, body),
+                gone,
                 # That an Event has expired is no news, and neither is an old one.
-                silent=kind is EVENT and (gone or (self._first and (session is None or _old(thing)))),
-                matters=session is not None and self._matters(kind, thing, session, gone),
-                at=at,
+                kind is EVENT and (gone or (self._first and (session is None or _old(thing)))),
+                session is not None and self._matters(kind, thing, session, gone),
+                at,
             )
         )  # fmt: skip
 
@@ -216,7 +220,12 @@ class Lead:
         """Whether a visible change may mean something for its session's row."""
         if kind is POD:
             # By far the most changes: of a pod that goes on running.
-            return gone or session not in self._statuses.well or not _ready(thing)
+            return (
+                gone
+                or session not in self._statuses.well
+                or thing.metadata.deletion_timestamp is not None
+                or not is_ready(thing)
+            )
         if kind is INGRESS:
             self._statuses.inspect_later(session)
             return False
@@ -234,19 +243,19 @@ class Lead:
     # What is told. ---------------------------------------------------------------------------------------------------
 
     async def _tell(self) -> None:
-        swept = monotonic()
+        swept = carried = monotonic()
         while True:
             try:
                 async with asyncio.timeout(_SWEEP):
                     await self._news.wait()
-                # Others are on their way.
-                await asyncio.sleep(TICK)
+                await asyncio.sleep(max(_SOON, carried + _BUSY - monotonic()))
             except TimeoutError:
                 log.debug("nothing new", provider=self._name)
             self._news.clear()
             while self._missing:
                 await self._find_missing(self._missing.pop())
             await self._carry()
+            carried = monotonic()
             if self._outage is not None:
                 why, self._outage = self._outage, None
                 await self._mark_stale(why)
@@ -256,7 +265,7 @@ class Lead:
             if monotonic() >= swept + _SWEEP:
                 swept = monotonic()
                 if self._complete:
-                    await self._look_at(await self._statuses.unsettled(self._connection), trusted=False)
+                    await self._step(await self._statuses.unsettled(self._connection), trusted=False)
 
     @property
     def _complete(self) -> bool:
@@ -280,43 +289,52 @@ class Lead:
             some = uids[begin : begin + LIMIT]
             for uid, session, version, digest, text in await told.find(self._connection, self._provider_id, kind, some):
                 self._told[kind.name].pop(uid, None)
-                self._add(
-                    Row(
-                        kind.name, kind.event_type, kind.to_session, uid, session, version, digest, visible.gone(text),
-                        gone=True, silent=kind is EVENT, matters=session is not None, at=now,
-                    )
+                row = Row(
+                    kind.name, uid, session, version, digest, visible.gone(text), True, kind is EVENT,
+                    session is not None, now,
                 )  # fmt: skip
+                self._add(row)
 
     async def _carry(self) -> None:
-        """Tell what waits, and change the rows that it means something for, in transactions of up to `LIMIT` changes.
+        """Tell what waits, and change the rows that it means something for."""
+        while self._rows or (self._complete and self._statuses.waiting):
+            await self._step()
 
-        A change and what it means are in the same one.
+    async def _step(self, ids: Collection[int] = (), *, trusted: bool = True) -> None:
+        """One transaction: up to `LIMIT` changes, what they mean for sessions, and these sessions, too.
+
+        What is held may be ahead of what was told: of a session whose row is changed all that waits is told, too.
         """
-        failures = 0
-        while True:
-            rows = self._rows[:LIMIT]
-            due = self._statuses.due() if self._complete else set()
-            if not rows and not due:
-                return
-            if self._complete:
-                due.update(row.session_id for row in rows if row.matters and row.session_id is not None)
-            try:
-                decided = await self._statuses.decide(self._connection, due)
-                async with self._connection.transaction():
-                    await told.write(self._connection, self._provider_id, rows)
-                    await self._statuses.record(self._connection, decided)
-            except asyncpg.TransactionRollbackError as error:
-                # Somebody else held rows in another order, or wrote first.
-                failures += 1
-                log.info("told again", provider=self._name, error=str(error), failures=failures)
-                for session_id in due:
-                    self._statuses.touch(session_id)
-                await asyncio.sleep(backoff(failures, cap=1.0))
-                continue
-            del self._rows[: len(rows)]
-            if len(self._rows) < _MOST:
-                self._room.set()
-            self._told_of(rows)
+        count = min(LIMIT, len(self._rows))
+        due: set[int] = set()
+        decided: list[tuple[int, Observation]] = []
+        if self._complete:
+            due = self._statuses.due()
+            due.update(row.session_id for row in self._rows[:count] if row.matters and row.session_id is not None)
+            decided = await self._statuses.decide(self._connection, due)
+            decided += await self._statuses.decide(self._connection, set(ids) - due, trusted=trusted)
+        changed = {session_id for session_id, _ in decided}
+        rows, later = self._rows[:count], self._rows[count:]
+        rows += [row for row in later if row.session_id in changed]
+        if not rows and not decided:
+            return
+        try:
+            async with self._connection.transaction():
+                await told.write(self._connection, self._provider_id, rows)
+                await self._statuses.record(self._connection, decided)
+        except asyncpg.TransactionRollbackError as error:
+            # Somebody else held rows in another order, or wrote first.
+            log.info("told again", provider=self._name, error=str(error))
+            for session_id in due.union(ids):
+                self._statuses.touch(session_id)
+            await asyncio.sleep(backoff(1))
+            return
+        # Others may have come meanwhile: at the end.
+        arrived = self._rows[count + len(later) :]
+        self._rows = [row for row in later if row.session_id not in changed] + arrived
+        if len(self._rows) < _MOST:
+            self._room.set()
+        self._told_of(rows)
 
     def _told_of(self, rows: list[Row]) -> None:
         if rows:
@@ -324,12 +342,6 @@ class Lead:
             self._counts.lag(monotonic() - rows[0].at)
 
     # The sessions. ---------------------------------------------------------------------------------------------------
-
-    async def _look_at(self, ids: Collection[int], *, trusted: bool = True) -> None:
-        decided = await self._statuses.decide(self._connection, ids, trusted=trusted)
-        if decided:
-            async with self._connection.transaction():
-                await self._statuses.record(self._connection, decided)
 
     async def _look_at_all(self) -> None:
         """Compare all that should run with what is held: what a list has shown, and what an outage has hidden."""
@@ -345,8 +357,7 @@ class Lead:
             if not rows:
                 break
             after = rows[-1]["id"]
-            await self._look_at([row["id"] for row in rows])
-            await self._carry()
+            await self._step([row["id"] for row in rows])
         await self._report_strays()
 
     async def _report_strays(self) -> None:
@@ -404,12 +415,6 @@ def _kept(pod: Pod) -> Pod:
     """What is held of a pod: a diagnosis asks for its replica set, and for no label but our own."""
     labels = {name: value for name, value in pod.metadata.labels.items() if name in (INSTANCE, PROJECT, SESSION)}
     return structs.replace(pod, metadata=structs.replace(pod.metadata, labels=labels, annotations={}))
-
-
-def _ready(pod: Pod) -> bool:
-    if pod.metadata.deletion_timestamp is not None:
-        return False
-    return any(one.type == "Ready" and one.status == "True" for one in pod.status.conditions)
 
 
 def _old(event: Event) -> bool:

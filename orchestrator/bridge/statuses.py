@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import Any, Protocol
 
 import structlog
@@ -21,7 +22,8 @@ from orchestrator.cluster.watch import Informer
 from orchestrator.database import UNAVAILABLE, Connection
 from orchestrator.errors import ApiRefused, NotFound, ProviderUnavailable
 from orchestrator.providers.contract import Observation, State
-from orchestrator.providers.diagnosis import Evidence, Rules, crashed, diagnose
+from orchestrator.providers.diagnosis import crashed, diagnose
+from orchestrator.providers.evidence import Evidence, Rules, is_ready
 from orchestrator.providers.options import KubernetesOptions
 from orchestrator.sessions import leases, record, steps
 from orchestrator.sessions.record import COLUMNS, After, Session, endpoint_columns
@@ -32,6 +34,9 @@ log = structlog.get_logger("bridge")
 
 # Rows that were changed more recently than this may know more than what is held.
 _RECENT = timedelta(seconds=5)
+# Seconds until a session that comes up by itself is looked at again: what is given time may have had it. They double.
+_RISING = 1.0
+_LONGEST_RISING = 16.0
 # Sessions looked at between two turns of the loop.
 _SLICE = 50
 # Inspections, and reads of what crashed containers wrote last, at the same time.
@@ -84,8 +89,10 @@ class Statuses:
         self._news = news
         # Sessions that ran when they were last looked at: as long as their pods are ready nothing can be wrong.
         self.well: set[int] = set()
-        # Those to be looked at although nothing happens: coming up by themselves, or with a request under way.
+        # Those to be looked at although nothing happens: with a request under way, or coming up by themselves, when
+        # (monotonic) and how many seconds after the last time.
         self._unsettled: set[int] = set()
+        self._rising: dict[int, tuple[float, float]] = {}
         # Those to be looked at with the next changes.
         self._due: set[int] = set()
         # By session, what its crashed containers wrote last; and which runs were asked for it.
@@ -96,8 +103,13 @@ class Statuses:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def touch(self, session_id: int) -> None:
-        """Something of the session's has changed."""
+        """There is something new of the session's."""
         self._due.add(session_id)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are sessions that were touched."""
+        return bool(self._due)
 
     def due(self) -> set[int]:
         """The sessions that were touched since the last call."""
@@ -154,27 +166,33 @@ class Statuses:
             list(self._unsettled),
         )
         self._unsettled.intersection_update(row[0] for row in rows)
-        return [row[0] for row in rows if row[1]]
+        now = monotonic()
+        rising = [session_id for session_id, (due, _) in self._rising.items() if due <= now]
+        return [row[0] for row in rows if row[1]] + rising
 
     def _seen(self, session: Session) -> Observation | None:
         evidence = self._evidence(session)
-        seen = diagnose(evidence, self._provider.rules, datetime.now(UTC))
-        if seen.state is State.RUNNING:
-            self.well.add(session.id)
-            self._last_words.pop(session.id, None)
-            self._asked.pop(session.id, None)
-            return seen
-        self.well.discard(session.id)
-        if seen.state in (State.STARTING, State.FAILED):
-            evidence = replace(
-                evidence,
-                events=list(self._held.events.held(session.namespace)),
-                previous_logs=self._last_words.get(session.id, {}),
-            )
-            self._ask_what_crashed(session, evidence)
+        if any(map(is_ready, evidence.pods)):
             seen = diagnose(evidence, self._provider.rules, datetime.now(UTC))
+            if seen.state is State.RUNNING:
+                self._forget(session.id)
+                self.well.add(session.id)
+                return seen
+        self.well.discard(session.id)
+        evidence = replace(
+            evidence,
+            events=list(self._held.events.held(session.namespace)),
+            previous_logs=self._last_words.get(session.id, {}),
+        )
+        seen = diagnose(evidence, self._provider.rules, datetime.now(UTC))
+        if seen.state in (State.STARTING, State.FAILED):
+            self._ask_what_crashed(session, evidence)
         if seen.state is State.STARTING:
-            self._unsettled.add(session.id)
+            _, wait = self._rising.get(session.id, (0.0, _RISING / 2))
+            wait = min(wait * 2, _LONGEST_RISING)
+            self._rising[session.id] = monotonic() + wait, wait
+        else:
+            self._rising.pop(session.id, None)
         return seen
 
     def _evidence(self, session: Session) -> Evidence:
@@ -213,10 +231,12 @@ class Statuses:
             return session.status != Status.ERROR
         if status == Status.PENDING:
             return False
-        return trusted and datetime.now(UTC) - session.updated_at > _RECENT
+        # That an outage has marked it says nothing of what is held.
+        return trusted and (session.stale or datetime.now(UTC) - session.updated_at > _RECENT)
 
     def _forget(self, session_id: int) -> None:
         self.well.discard(session_id)
+        self._rising.pop(session_id, None)
         self._last_words.pop(session_id, None)
         self._asked.pop(session_id, None)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from orchestrator.bridge.visible import Kind
+from orchestrator.bridge.visible import KINDS, Kind
 from orchestrator.database import Connection
 
 
@@ -15,19 +15,17 @@ class Row(NamedTuple):
     """One change to tell; or one that is only noted (`silent`), as what was so before anybody looked."""
 
     kind: str
-    event_type: str
-    to_session: bool
     uid: str
     session_id: int | None
     version: int
     digest: int
     told: str
-    gone: bool = False
-    silent: bool = False
+    gone: bool
+    silent: bool
     # Whether it may mean something for its session's row.
-    matters: bool = False
+    matters: bool
     # When it came (`time.monotonic()`).
-    at: float = 0.0
+    at: float
 
 
 class Told(msgspec.Struct, frozen=True, gc=False):
@@ -63,43 +61,41 @@ async def find(
     return [tuple(row) for row in rows]
 
 
+_WRITE = """
+    WITH new AS (
+        SELECT * FROM unnest($2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[], $7::text[], $8::bool[],
+                             $9::bool[], $10::bool[])
+               WITH ORDINALITY AS row (kind, uid, session_id, version, digest, told, gone, silent, last, place)),
+    kept AS (
+        INSERT INTO cluster_objects (provider_id, uid, kind, session_id, version, digest, told)
+        SELECT $1, uid, kind, session_id, version, digest, told FROM new WHERE last AND NOT gone
+        ON CONFLICT (provider_id, uid) DO UPDATE
+           SET session_id = excluded.session_id, version = excluded.version, digest = excluded.digest,
+               told = excluded.told),
+    forgotten AS (
+        DELETE FROM cluster_objects
+         WHERE provider_id = $1 AND uid = ANY (ARRAY(SELECT uid FROM new WHERE last AND gone)))
+    INSERT INTO outbox (event_type, channel, data)
+    SELECT event_type, channel, told
+      FROM new JOIN unnest($11::text[], $12::text[], $13::bool[]) AS of (kind, event_type, to_session) USING (kind),
+           LATERAL (SELECT 'session:' || session_id AS channel WHERE to_session AND session_id IS NOT NULL
+                    UNION ALL SELECT 'cluster') AS channels
+     WHERE NOT silent
+     ORDER BY place, channel DESC"""
+_KINDS = [[kind.name for kind in KINDS], [kind.event_type for kind in KINDS], [kind.to_session for kind in KINDS]]
+
+
 async def write(connection: Connection, provider_id: int, rows: Sequence[Row]) -> None:
-    """Note and tell changes, in their order, within the caller's transaction: four statements, however many they are.
+    """Note and tell changes, in their order, within the caller's transaction: one statement, however many they are.
 
     What is of a session is told on its channel and on `cluster`, with one event each, from the same JSON.
     """
-    last = {row.uid: row for row in rows}
-    kept = [row for row in last.values() if not row.gone]
-    gone = [row.uid for row in last.values() if row.gone]
-    if kept:
-        await connection.execute(
-            """INSERT INTO cluster_objects (provider_id, uid, kind, session_id, version, digest, told)
-               SELECT $1, * FROM unnest($2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[], $7::text[])
-               ON CONFLICT (provider_id, uid) DO UPDATE
-                  SET session_id = excluded.session_id, version = excluded.version, digest = excluded.digest,
-                      told = excluded.told""",
-            provider_id,
-            [row.uid for row in kept],
-            [row.kind for row in kept],
-            [row.session_id for row in kept],
-            [row.version for row in kept],
-            [row.digest for row in kept],
-            [row.told for row in kept],
-        )
-    if gone:
-        await connection.execute(
-            "DELETE FROM cluster_objects WHERE provider_id = $1 AND uid = ANY ($2)", provider_id, gone
-        )
-    if news := [row for row in rows if not row.silent]:
-        await connection.execute(
-            """INSERT INTO outbox (event_type, channel, data)
-               SELECT event_type, channel, told
-                 FROM unnest($1::text[], $2::bigint[], $3::text[])
-                      WITH ORDINALITY AS new (event_type, session_id, told, place),
-                      LATERAL (SELECT 'session:' || session_id AS channel WHERE session_id IS NOT NULL
-                               UNION ALL SELECT 'cluster') AS channels
-                ORDER BY place, channel DESC""",
-            [row.event_type for row in news],
-            [row.session_id if row.to_session else None for row in news],
-            [row.told for row in news],
-        )
+    if not rows:
+        return
+    kind, uid, session_id, version, digest, told, gone, silent, _, _ = zip(*rows, strict=True)
+    # Of an object that has changed more than once, the table knows the last.
+    places = {one: place for place, one in enumerate(uid)}
+    last = [places[one] == place for place, one in enumerate(uid)]
+    await connection.execute(
+        _WRITE, provider_id, kind, uid, session_id, version, digest, told, gone, silent, last, *_KINDS
+    )

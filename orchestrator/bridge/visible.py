@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 
 from orchestrator import events
-from orchestrator.cluster.objects import PROJECT, SESSION, Condition, Deployment, Event, Ingress, Meta, Namespace, Pod
+from orchestrator.cluster.objects import PROJECT, SESSION, Condition, Deployment, Event, Ingress, Meta, Namespace
 from orchestrator.providers import diagnosis
 
 # `spec.containers{preview}`
@@ -34,6 +34,8 @@ class Kind:
     look: Callable[[Any], dict[str, Any]]
     # Told on the channel of its session, too.
     to_session: bool = False
+    # Told by its own name, under the name of its kind.
+    named: bool = True
 
 
 def session_id(meta: Meta) -> int | None:
@@ -51,20 +53,15 @@ def look(kind: Kind, thing: Any) -> tuple[bytes, int]:
     return body, int.from_bytes(blake2b(body, digest_size=8).digest(), signed=True)
 
 
-def told(provider: bytes, session: int | None, change: str, meta: Meta, body: bytes) -> str:
+def told(kind: Kind, provider: bytes, session: int | None, change: str, meta: Meta, body: bytes) -> str:
     """The whole JSON. `provider` is its name as JSON; Kubernetes' own names need no escaping."""
-    return (
-        b'{"session_id":%b,"provider":%b,"namespace":"%b","change":"%b","uid":"%b","resource_version":"%b",%b'
-        % (
-            b"null" if session is None else b"%d" % session,
-            provider,
-            (meta.namespace or meta.name).encode(),
-            change.encode(),
-            meta.uid.encode(),
-            meta.resource_version.encode(),
-            body,
-        )
-    ).decode()
+    name = f'"{kind.name}":"{meta.name}",' if kind.named else ""
+    head = (
+        f'{{"session_id":{"null" if session is None else session},"provider":{provider.decode()},'
+        f'"namespace":"{meta.namespace or meta.name}","change":"{change}","uid":"{meta.uid}",'
+        f'"resource_version":"{meta.resource_version}",{name}'
+    )
+    return head + body.decode()
 
 
 def gone(told: str) -> str:
@@ -76,10 +73,6 @@ def last_seen(event: Event) -> datetime | None:
     """When a Kubernetes Event was last reported."""
     series = event.series.last_observed_time if event.series else None
     return series or event.last_timestamp or event.event_time or event.metadata.creation_timestamp
-
-
-def _pod(pod: Pod) -> dict[str, Any]:
-    return {"pod": pod.metadata.name, **diagnosis.summary(pod)}
 
 
 def _event(event: Event) -> dict[str, Any]:
@@ -100,7 +93,6 @@ def _event(event: Event) -> dict[str, Any]:
 def _deployment(deployment: Deployment) -> dict[str, Any]:
     status = deployment.status
     return {
-        "deployment": deployment.metadata.name,
         "replicas": deployment.spec.replicas,
         "ready_replicas": status.ready_replicas,
         "available_replicas": status.available_replicas,
@@ -123,14 +115,14 @@ def _namespace(namespace: Namespace) -> dict[str, Any]:
 
 def _ingress(ingress: Ingress) -> dict[str, Any]:
     return {
-        "ingress": ingress.metadata.name,
         "hosts": [rule.host for rule in ingress.spec.rules],
         "addresses": [address.ip or address.hostname for address in ingress.status.load_balancer.ingress],
     }
 
 
-POD = Kind("pod", events.SESSION_POD, _pod, to_session=True)
-EVENT = Kind("event", events.SESSION_EVENT, _event, to_session=True)
+POD = Kind("pod", events.SESSION_POD, diagnosis.summary, to_session=True)
+EVENT = Kind("event", events.SESSION_EVENT, _event, to_session=True, named=False)
 DEPLOYMENT = Kind("deployment", events.CLUSTER_DEPLOYMENT, _deployment)
-NAMESPACE = Kind("namespace", events.CLUSTER_NAMESPACE, _namespace)
+NAMESPACE = Kind("namespace", events.CLUSTER_NAMESPACE, _namespace, named=False)
 INGRESS = Kind("ingress", events.CLUSTER_INGRESS, _ingress)
+KINDS = (POD, EVENT, DEPLOYMENT, NAMESPACE, INGRESS)

@@ -61,8 +61,9 @@ def statuses_of(pod: Pod) -> list[tuple[ContainerStatus, bool]]:
 def in_order(pod: Pod, statuses: Sequence[ContainerStatus]) -> list[ContainerStatus]:
     if len(statuses) < 2:
         return list(statuses)
-    order = {one.name: number for number, one in enumerate((*pod.spec.init_containers, *pod.spec.containers))}
-    return sorted(statuses, key=lambda one: order.get(one.name, len(order)))
+    by_name = {one.name: one for one in statuses}
+    ordered = [by_name[one.name] for one in (*pod.spec.init_containers, *pod.spec.containers) if one.name in by_name]
+    return ordered if len(ordered) == len(statuses) else list(statuses)
 
 
 def events_of(evidence: Evidence, pod: Pod, *reasons: str, container: str | None = None) -> Iterator[Event]:
