@@ -25,7 +25,7 @@ from tests.benchmarks.cluster import project
 
 _NAME = "bench"
 # CPU seconds in a second in which it counts as at rest.
-_REST = 0.05
+_REST = 0.1
 
 
 async def fill(url: str, count: int) -> int:

@@ -178,11 +178,10 @@ def _fields(value: Json) -> Json:
 
 
 def changed(one: Json, turn: int) -> Json:
-    """The pod after another restart, perhaps with a container that is not ready, and when this was."""
+    """The pod after another restart, perhaps with a container that is not ready yet, and when this was."""
     status = one["status"]
     waits = turn % _UNREADY == 0
-    state = {"waiting": {"reason": "CrashLoopBackOff"}} if waits else {"running": {"startedAt": "2026-03-01T09:00:00Z"}}
-    first = status["containerStatuses"][0] | {"ready": not waits, "state": state, "restartCount": turn}
+    first = status["containerStatuses"][0] | {"ready": not waits, "restartCount": turn}
     ready = ("Ready", "ContainersReady")
     conditions = [
         condition | {"status": str(not waits)} if condition["type"] in ready else condition
