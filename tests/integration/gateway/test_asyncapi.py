@@ -95,7 +95,7 @@ def cluster_notices(session_id: int) -> list[Event]:
         for session, content, change in ((session_id, full, "added"), (None, {}, "modified"), (None, {}, "deleted")):
             thing = msgspec.convert({"metadata": _META, **content}, struct)
             body, _ = visible.look(kind, thing)
-            data = orjson.loads(visible.told(b'"k8s"', session, change, thing.metadata, body))
+            data = orjson.loads(visible.told(kind, b'"k8s"', session, change, thing.metadata, body))
             channels = ["cluster", session_channel(session_id)] if kind.to_session and session else ["cluster"]
             told += [Event(kind.event_type, channel, data) for channel in channels]
     return told
