@@ -18,14 +18,13 @@ from typing import Any
 import asyncpg
 import orjson
 import structlog
-from msgspec import structs
 
 from orchestrator.bridge import told, visible
 from orchestrator.bridge.output import Output, Streams
 from orchestrator.bridge.statuses import Held, Look, Statuses, Watched
 from orchestrator.bridge.told import Row, Told
 from orchestrator.bridge.visible import DEPLOYMENT, EVENT, INGRESS, NAMESPACE, POD, Kind
-from orchestrator.cluster.objects import INSTANCE, PROJECT, SESSION, Deployment, Event, Ingress, Namespace, Pod
+from orchestrator.cluster.objects import INSTANCE, Deployment, Event, Ingress, Namespace, Pod
 from orchestrator.cluster.watch import Change, Informer
 from orchestrator.database import Connection, Pool, backoff
 from orchestrator.errors import ApiRefused, ProviderUnavailable
@@ -79,7 +78,7 @@ class Lead:
         self.held = Held(
             namespaces=Informer(cluster, "/api/v1/namespaces", Namespace, label_selector=ours),
             deployments=Informer(cluster, "/apis/apps/v1/deployments", Deployment, label_selector=ours),
-            pods=Informer(cluster, "/api/v1/pods", Pod, label_selector=ours, keep=_kept),
+            pods=Informer(cluster, "/api/v1/pods", Pod, label_selector=ours),
             # They have no labels: those of our namespaces are picked out here.
             events=Informer(cluster, "/api/v1/events", Event),
             ingresses=Informer(cluster, "/apis/networking.k8s.io/v1/ingresses", Ingress, label_selector=ours),
@@ -409,12 +408,6 @@ class Lead:
         log.warning("the cluster is out of reach", provider=self._name, why=why)
         while await self._statuses.mark_stale(self._connection, why) > 0:
             log.debug("marked stale", provider=self._name)
-
-
-def _kept(pod: Pod) -> Pod:
-    """What is held of a pod: a diagnosis asks for its replica set, and for no label but our own."""
-    labels = {name: value for name, value in pod.metadata.labels.items() if name in (INSTANCE, PROJECT, SESSION)}
-    return structs.replace(pod, metadata=structs.replace(pod.metadata, labels=labels, annotations={}))
 
 
 def _old(event: Event) -> bool:

@@ -20,7 +20,7 @@ from orchestrator.cluster.client import Cluster
 from orchestrator.cluster.objects import SESSION, Deployment, Event, Ingress, Namespace, Pod
 from orchestrator.cluster.watch import Informer
 from orchestrator.database import UNAVAILABLE, Connection
-from orchestrator.errors import ApiRefused, NotFound, ProviderUnavailable
+from orchestrator.errors import ApiRefused, ProviderUnavailable
 from orchestrator.providers.contract import Observation, State
 from orchestrator.providers.diagnosis import crashed, diagnose
 from orchestrator.providers.evidence import Evidence, Rules, is_ready
@@ -244,16 +244,19 @@ class Statuses:
 
     async def record(self, connection: Connection, decided: Sequence[tuple[int, Observation]]) -> None:
         """Change the rows that were decided on, each as it is now, within the caller's transaction."""
-        for session_id, seen in decided:
-            try:
-                now = await record.lock(connection, session_id)
-            except NotFound:
-                continue
+        if not decided:
+            return
+        seen = dict(decided)
+        changed = []
+        for now in await record.lock_all(connection, seen):
             if now.outstanding or now.desired != Desired.RUNNING:
-                self._unsettled.add(session_id)
-            elif changes := self._changes(now, seen):
-                after = await record.write(connection, now, **changes)
-                log.info("session seen", session=after.id, status=after.status, reason=after.reason)
+                self._unsettled.add(now.id)
+            elif changes := self._changes(now, seen[now.id]):
+                after, visible = await record.write_silently(connection, now, **changes)
+                if visible:
+                    changed.append(after)
+                    log.info("session seen", session=after.id, status=after.status, reason=after.reason)
+        await record.tell(connection, *changed)
 
     async def mark_stale(self, connection: Connection, why: str, *, limit: int = 100) -> int:
         """Say of up to so many sessions that their status is the last one known; how many there were."""
@@ -266,10 +269,12 @@ class Statuses:
                 self._provider_id,
                 limit,
             )
-            for row in rows:
-                now = await record.lock(connection, row["id"])
+            marked = []
+            for now in await record.lock_all(connection, [row["id"] for row in rows]):
                 away = steps.away(why) | {"next_attempt_at": After(_PATIENCE)}
-                await record.write(connection, now, **away)
+                after, _ = await record.write_silently(connection, now, **away)
+                marked.append(after)
+            await record.tell(connection, *marked)
         return len(rows)
 
     # Beside. ---------------------------------------------------------------------------------------------------------

@@ -104,7 +104,10 @@ def count_of(event: Event) -> int:
 
 
 def condition_of(conditions: Sequence[Condition], name: str) -> Condition | None:
-    return next((one for one in conditions if one.type == name), None)
+    for one in conditions:
+        if one.type == name:
+            return one
+    return None
 
 
 def node_of(pod: Pod) -> str:

@@ -6,6 +6,7 @@ What a user can see of a session changes only here. `write` compares, so that no
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -134,39 +135,53 @@ def endpoint_columns(endpoints: Endpoints | None) -> dict[str, str | None]:
 
 async def lock(connection: Connection, session_id: int) -> Session:
     """The row, held against other writers until the caller's transaction ends. Raises NotFound."""
-    # NO KEY: who only refers to the row (its log lines) need not wait.
-    row = await connection.fetchrow(
-        f"SELECT {COLUMNS} FROM sessions WHERE id = $1 FOR NO KEY UPDATE",  # noqa: S608  Our own column names.
-        session_id,
-    )
-    if row is None:
+    if not (found := await lock_all(connection, [session_id])):
         raise NotFound(f"There is no session {session_id}.")
-    return Session(*row)
+    return found[0]
+
+
+async def lock_all(connection: Connection, session_ids: Collection[int]) -> list[Session]:
+    """Those of the rows that there are, held in the order of their ids."""
+    rows = await connection.fetch(
+        # NO KEY: who only refers to the row (its log lines) need not wait.
+        f"SELECT {COLUMNS} FROM sessions WHERE id = ANY ($1) ORDER BY id FOR NO KEY UPDATE",  # noqa: S608  Our own column names.
+        list(session_ids),
+    )
+    return [Session(*row) for row in rows]
 
 
 async def write(connection: Connection, before: Session, **changes: Any) -> Session:
     """Write what differs from `before`, which the caller's transaction has locked; tell it when clients can see it."""
+    session, visible = await write_silently(connection, before, **changes)
+    if visible:
+        await tell(connection, session)
+    return session
+
+
+async def write_silently(connection: Connection, before: Session, **changes: Any) -> tuple[Session, bool]:
+    """The same, but left to the caller to tell; and whether there is something to tell."""
     for text in ("reason", "message"):
         if text in changes:
             changes[text] = clean(changes[text], MAX_MESSAGE)
     fresh = before.__slots__
     changes = {name: value for name, value in changes.items() if name not in fresh or getattr(before, name) != value}
     if not changes:
-        return before
+        return before, False
     statement, values = _update(changes)
     session = Session(*await connection.fetchrow(statement, before.id, *values))
-    if changes.keys() & _VISIBLE:
-        await tell(connection, session)
-    return session
+    return session, bool(changes.keys() & _VISIBLE)
 
 
-async def tell(connection: Connection, session: Session) -> None:
-    """Put the session as it is now into the outbox, for all who may follow it."""
-    data = public(session)
-    channels = [events.session_channel(session.id), events.workspace_channel(session.workspace_id)]
-    if session.user_id is not None:
-        channels.insert(1, events.user_channel(session.user_id))
-    await outbox.add(connection, *(Event(events.SESSION_STATUS, channel, data) for channel in channels))
+async def tell(connection: Connection, *sessions: Session) -> None:
+    """Put sessions as they are now into the outbox, for all who may follow them."""
+    told = []
+    for session in sessions:
+        data = public(session)
+        channels = [events.session_channel(session.id), events.workspace_channel(session.workspace_id)]
+        if session.user_id is not None:
+            channels.insert(1, events.user_channel(session.user_id))
+        told += [Event(events.SESSION_STATUS, channel, data) for channel in channels]
+    await outbox.add(connection, *told)
 
 
 def _update(changes: dict[str, Any]) -> tuple[str, list[Any]]:
