@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import re
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from orchestrator.cluster import access, plugin
+from orchestrator.cluster import access
 from orchestrator.cluster.access import Access, Credentials, Kubeconfig, ServiceAccount, find
 from orchestrator.errors import ProviderUnavailable
 
@@ -126,16 +127,60 @@ async def test_a_context_can_be_chosen_and_what_comes_first_counts(tmp_path: Pat
     )
 
 
+async def test_the_first_current_context_counts_and_nothing_said_is_as_good_as_nothing(tmp_path: Path) -> None:
+    one = config({"token": "one", "tokenFile": None, "exec": None}, **{"proxy-url": None, "tls-server-name": ""})
+    two = config({"token": "two"}) | {"current-context": "there"}
+    both = f"{written(tmp_path, one, 'a')}:{written(tmp_path, two, 'b')}"
+    assert await shown(Kubeconfig(both)) == "Bearer one"
+
+
 _TLS = {"server": "https://10.0.0.1"}
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: Any) -> Path:
+    """Where temporary files are made."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
+def left(folder: Path) -> list[str]:
+    """Files there, and those that were there and are still open."""
+    opened = [str(one.readlink()) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+    return [*(one.name for one in folder.iterdir()), *(one for one in opened if one.startswith(str(folder)))]
+
+
+async def test_certificates_in_a_kubeconfig_are_left_in_no_file(tmp_path: Path, temporary: Path) -> None:
+    pair = [base64.b64encode(one.encode()).decode() for one in certificate()]
+    user = {"client-certificate-data": pair[0], "client-key-data": pair[1]}
+    way = Kubeconfig(str(written(tmp_path, config(user, **_TLS, **{"certificate-authority-data": pair[0]}))))
+    credentials = await way.credentials()
+    assert credentials.ssl is not None
+    assert credentials.ssl.cert_store_stats()["x509"] == 1
+    assert (await way.renew(credentials)).ssl is not credentials.ssl
+    assert left(temporary) == []
+
+
+async def test_without_a_user_nothing_is_shown_and_servers_are_looked_at(tmp_path: Path) -> None:
+    nobody = config(**_TLS) | {"contexts": [{"name": "here", "context": {"cluster": "c"}}]}
+    credentials = await Kubeconfig(str(written(tmp_path, nobody))).credentials()
+    assert credentials.ssl is not None
+    assert credentials.ssl.check_hostname
+    assert credentials.ssl.verify_mode is ssl.CERT_REQUIRED
+    assert not credentials.headers
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (f"users:\n- {{token: {SECRET}\n", r"is no YAML \(line 3\)"),
-        (f"users: [{{name: u, user: {{token: [{SECRET}]}}}}]", r"is not as it should be: Expected `str \| null`"),
-        ([SECRET], "is not as it should be: Expected `object`"),
-        ("", "has no current-context"),
+        (config({"token": [SECRET]}), r"is not as it should be: Expected `str \| null`"),
+        (config(**{"insecure-skip-tls-verify": "false"}), "is not as it should be: Expected `bool`"),
+        ([SECRET], "is not as it should be: correct it"),
+        (config() | {"users": [SECRET]}, "is not as it should be: correct it"),
+        (config() | {"contexts": [{"name": "here"}]}, "is not as it should be: correct it"),
+        ("", "is not as it should be: correct it"),
         (config() | {"current-context": ""}, "has no current-context"),
         (config() | {"contexts": []}, "has no context 'here': it has none"),
         (config() | {"clusters": None}, "has no cluster 'c', which the context 'here' names"),
@@ -295,6 +340,11 @@ async def test_a_plugin_gives_the_token_and_is_told_what_it_asks_for(tmp_path: P
     }
 
 
+async def test_a_plugin_can_ask_nobody_and_may_complain_at_length(tmp_path: Path) -> None:
+    script = f"sys.stderr.write('x' * 1_000_000)\nassert sys.stdin.read() == ''\n{printing({'token': SECRET})}"
+    assert await shown(plugged(tmp_path, script)) == f"Bearer {SECRET}"
+
+
 async def test_a_plugin_is_run_again_before_its_credentials_expire_and_when_they_are_refused(tmp_path: Path) -> None:
     at = (datetime.now(UTC) + timedelta(seconds=600)).isoformat()
     way = plugged(tmp_path, printing({"token": SECRET, "expirationTimestamp": at}))
@@ -336,17 +386,15 @@ async def test_a_plugin_that_fails_is_not_run_for_each_request(tmp_path: Path) -
     assert runs(tmp_path) == 1
 
 
-async def test_a_plugin_may_give_a_certificate_which_is_left_in_no_file(tmp_path: Path, monkeypatch: Any) -> None:
+async def test_a_plugin_may_give_a_certificate_which_is_left_in_no_file(tmp_path: Path, temporary: Path) -> None:
     shown, key = certificate()
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     way = plugged(tmp_path, printing({"clientCertificateData": shown, "clientKeyData": key}))
     ours = config(yaml.safe_load((tmp_path / "kubeconfig").read_text())["users"][0]["user"], **_TLS)
     written(tmp_path, ours)
     credentials = await way.credentials()
     assert credentials.ssl is not None
     assert "Authorization" not in credentials.headers
-    assert list((tmp_path / "temporary").iterdir()) == []
+    assert left(temporary) == []
 
 
 @pytest.mark.parametrize("how", ["deadline", "cancel"])
@@ -359,7 +407,7 @@ os.rename('{marker}.new', '{marker}')
 time.sleep(1000)"""
     way = plugged(tmp_path, script)
     if how == "deadline":
-        monkeypatch.setattr(plugin, "DEADLINE", 3.0)
+        monkeypatch.setattr(access, "DEADLINE", 3.0)
     task = asyncio.create_task(way.credentials())
     async with asyncio.timeout(20):
         while not marker.exists():
@@ -390,6 +438,8 @@ def test_credentials_show_no_secret() -> None:
     assert repr(Credentials("https://host")) == "Credentials(server='https://host', ssl=None, server_name=None)"
 
 
-def test_neither_the_embedded_mode_nor_the_client_loads_a_large_library() -> None:
-    program = "import sys, scripts.dev, orchestrator.cluster.client; assert 'kubernetes_asyncio' not in sys.modules"
+def test_a_large_library_is_loaded_by_nobody_who_does_not_ask_a_cluster() -> None:
+    imported = "import sys, scripts.dev, orchestrator.__main__, orchestrator.cluster.client as client"
+    made = "from orchestrator.cluster.access import find; client.Cluster(find('nowhere'))"
+    program = f"{imported}; {made}; assert 'kubernetes_asyncio' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
