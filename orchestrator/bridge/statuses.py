@@ -187,7 +187,8 @@ class Statuses:
         seen = diagnose(evidence, self._provider.rules, datetime.now(UTC))
         if seen.state in (State.STARTING, State.FAILED):
             self._ask_what_crashed(session, evidence)
-        if seen.state is State.STARTING:
+        # One that serves, though Kubernetes does not call it ready, does not for long.
+        if seen.state in (State.STARTING, State.RUNNING):
             _, wait = self._rising.get(session.id, (0.0, _RISING / 2))
             wait = min(wait * 2, _LONGEST_RISING)
             self._rising[session.id] = monotonic() + wait, wait

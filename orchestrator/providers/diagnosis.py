@@ -32,6 +32,7 @@ from orchestrator.providers.evidence import (
     latest,
     node_of,
     seconds,
+    serves,
     span,
     statuses_of,
 )
@@ -65,7 +66,7 @@ def diagnose(evidence: Evidence, rules: Rules, now: datetime) -> Observation:
     wanted = deployment.spec.replicas
     flapping = next((one for pod in active for one in unsettled(pod, evidence, now)), None)
     settled = deployment.status.updated_replicas >= wanted and flapping is None
-    if settled and sum(map(is_ready, active)) >= wanted:
+    if settled and sum(serves(pod, now) for pod in active) >= wanted:
         return Observation(State.RUNNING, "Ready", "The session is running.")
     troubles = [one for pod in active if not is_ready(pod) for one in troubles_of(pod, evidence, rules, now)]
     if not active:

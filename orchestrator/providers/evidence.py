@@ -42,6 +42,11 @@ class Rules:
     instance: str
 
 
+# Seconds that nothing may be heard of a node before its pods count as lost. After an outage of the API server every
+# node's last word is too old for Kubernetes, which marks all pods as not ready until the next comes.
+_SILENCE = 10.0
+
+
 def is_active(pod: Pod) -> bool:
     return pod.metadata.deletion_timestamp is None and pod.status.phase not in ("Failed", "Succeeded")
 
@@ -50,6 +55,23 @@ def is_ready(pod: Pod) -> bool:
     """As Kubernetes counts it: also not when its node is lost, though each container was ready when last heard of."""
     condition = condition_of(pod.status.conditions, "Ready")
     return condition is not None and condition.status == "True" and pod.status.phase == "Running"
+
+
+def serves(pod: Pod, now: datetime) -> bool:
+    """Whether it is ready; or is not only since nothing was heard of its node, for no more than a moment."""
+    if is_ready(pod):
+        return True
+    ready, containers = (condition_of(pod.status.conditions, one) for one in ("Ready", "ContainersReady"))
+    return (
+        pod.status.phase == "Running"
+        and containers is not None
+        and containers.status == "True"
+        and ready is not None
+        # A kubelet would name a reason: a readiness gate.
+        and (ready.status, ready.reason) == ("False", "")
+        and ready.last_transition_time is not None
+        and age(ready.last_transition_time, now) < _SILENCE
+    )
 
 
 def statuses_of(pod: Pod) -> list[tuple[ContainerStatus, bool]]:

@@ -982,6 +982,19 @@ def test_a_lost_node_is_told() -> None:
     assert seen(away, events=[event("NodeNotReady", "Node is not ready")]).reason == "NodeLost"
 
 
+def test_a_node_that_is_silent_for_a_moment_is_not_lost() -> None:
+    """As after an outage of the API server, when each node's last word is older than Kubernetes takes it to be well."""
+    ready = container("preview", ready=True, running=UP)
+
+    def silent(ago: float, reason: str = "") -> Observation:
+        conditions = [condition("ContainersReady", "True", ago=900), condition("Ready", "False", reason, ago=ago)]
+        return seen(pod(ready, phase="Running", conditions=conditions))
+
+    assert silent(3).state is State.RUNNING
+    assert silent(30).state is State.STARTING
+    assert silent(3, "ReadinessGatesNotReady").state is State.STARTING
+
+
 def test_a_session_without_progress_fails() -> None:
     hangs = pod(container("preview", running=UP), ago=901)
     failed = seen(hangs)
