@@ -177,8 +177,8 @@ class LocalMachineOptionsSchema(Schema):
     cpu_seconds = fields.Integer(strict=True, validate=validate.Range(min=1))
 
 
-def _seconds() -> fields.Float:
-    return fields.Float(validate=validate.Range(min=0.0, min_inclusive=False, max=86400.0))
+def _seconds(most: float = 86400.0) -> fields.Float:
+    return fields.Float(validate=validate.Range(min=0.0, min_inclusive=False, max=most))
 
 
 class LocalOptionsSchema(Schema):
@@ -256,8 +256,9 @@ class KubernetesOptionsSchema(Schema):
     transient_reasons = fields.List(fields.String(validate=validate.Regexp(r"[A-Za-z]{1,100}\Z")))
     transient_grace = _seconds()
     progress_deadline = _seconds()
-    stop_deadline = _seconds()
-    delete_deadline = _seconds()
+    # Less than a step about a session may take (`sessions.steps.STOP_DEADLINE`): then it can still be told what hangs.
+    stop_deadline = _seconds(240.0)
+    delete_deadline = _seconds(240.0)
     exec_deadline = _seconds()
     request_timeout = _seconds()
     log_streams = _amount(0, 100_000)

@@ -143,6 +143,10 @@ class Helm:
             deadline=deadline,
         )  # fmt: skip
 
+    async def manifest(self, release: str, namespace: str, *, deadline: float) -> bytes:
+        """The objects of the newest revision, as YAML. Raises what `upgrade` does."""
+        return await self._run("get", "manifest", release, f"--namespace={namespace}", deadline=deadline)
+
     async def uninstall(self, release: str, namespace: str, *, deadline: float) -> None:
         """Remove the release and all that is its; does not wait for pods. Raises what `upgrade` does."""
         await self._run(

@@ -7,6 +7,7 @@ a Secret, which the values only name.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
 from orchestrator.machine_schema import SERVICES, parse_bytes, parse_cores
@@ -21,7 +22,8 @@ def values_of(spec: SessionSpec, options: KubernetesOptions, env_secret: str) ->
     names; one that names none, what the chart runs by itself.
     """
     machine, project = spec.machine, spec.chart_values.get("services", {})
-    values: dict[str, Any] = {}
+    # Kubernetes keeps it, too, and takes whole seconds.
+    values: dict[str, Any] = {"progressDeadlineSeconds": ceil(options.progress_deadline)}
     if options.base_domain is not None:
         values["ingress"] = {"enabled": True, "host": f"{spec.ref.namespace}.{options.base_domain}"}
     for layer in (options.values, _of_machine(spec), machine.options.get("values", {}), {"services": project}):

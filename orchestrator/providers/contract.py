@@ -58,6 +58,8 @@ class SessionSpec:
     machine: Machine
     # What the project says of its chart, over what its machine says (`machine_schema.ChartValuesSchema`).
     chart_values: Mapping[str, Any] = field(default_factory=dict)
+    # Seconds until the caller gives it up; None: never. Who can go back to what ran before needs some of them for that.
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

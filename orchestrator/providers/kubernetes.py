@@ -68,8 +68,14 @@ CHART = Path(__file__).parents[2] / "charts" / "dev-session-template"
 ROLLOUT_INTERVAL = 1.0
 # Seconds that a start may take, whatever happens: its caller's deadline is the one that counts.
 _START_DEADLINE = 3600.0
+# Of the seconds that a start has, so many at most are kept for going back to what ran before.
+_WAY_BACK = 60.0
+# Times that a session may be taken away by others while it starts.
+_ROUNDS = 5
 # Seconds that found permissions are taken to stay.
 _PERMITTED_FOR = 600.0
+# Permissions asked for at the same time: far away each takes long.
+_QUESTIONS = 8
 # Of the output of a container that crashed.
 _LAST_LINES = 20
 
@@ -140,7 +146,9 @@ class KubernetesProvider:
     async def stop(self, ref: SessionRef) -> None:
         """See `Provider`: returns when no pod is left. The volume stays."""
         async with self._call("stop the session", self.options.stop_deadline * 2):
-            if await self._namespaces.owned(ref) is not None and await self._scale(ref, 0):
+            if await self._namespaces.owned(ref) is not None:
+                # Without a Deployment, too: its pods may be there yet.
+                await self._scale(ref, 0)
                 await self._ended(ref)
 
     async def delete(self, ref: SessionRef) -> None:
@@ -192,7 +200,9 @@ class KubernetesProvider:
         """End what is under way, and the connections. Sessions run on. Idempotent."""
         self._closed.set()
         for timer in self._calls:
-            timer.reschedule(asyncio.get_running_loop().time())
+            # One that is ending already cannot be told to.
+            if not timer.expired():
+                timer.reschedule(asyncio.get_running_loop().time())
         await self._idle.wait()
         await self.cluster.close()
 
@@ -220,19 +230,33 @@ class KubernetesProvider:
                 self._idle.set()
 
     async def _start(self, spec: SessionSpec, report: Report) -> Endpoints:
-        ref = spec.ref
-        while True:
-            namespace = await self._namespaces.claim(ref, report)
+        ref, began, heard = spec.ref, monotonic(), ""
+
+        async def told(reason: str, message: str) -> None:
+            nonlocal heard
+            heard = message
+            await report(reason, message)
+
+        for _ in range(_ROUNDS):
+            namespace = await self._namespaces.claim(ref, told)
             chart = await self._chart(spec.machine.options)
             secret = await self._put_environment(spec, namespace)
             values = values_of(spec, self.options, secret)
             wanted = self._releases.wanted(chart, values)
+            patience = None
+            if spec.deadline is not None and self._releases.way_back(namespace, wanted) is not None:
+                patience = max(spec.deadline - min(_WAY_BACK, spec.deadline / 3) - (monotonic() - began), 0.0)
             try:
-                changed = await self._releases.deploy(ref, namespace, chart, values, report)
-                running = await self._bring_up(ref, report)
-            except (ProviderFailure, ApiRefused) as error:
-                failure = api_failure(error, "start the session") if isinstance(error, ApiRefused) else error
-                way_back = self._releases.way_back(namespace, wanted)
+                async with asyncio.timeout(patience) as timer:
+                    changed = await self._releases.deploy(ref, namespace, chart, values, told)
+                    running = await self._bring_up(ref, told)
+            except (ProviderFailure, ApiRefused, TimeoutError) as error:
+                if isinstance(error, TimeoutError) and not timer.expired():
+                    raise
+                failure = _failure_of(error, monotonic() - began, heard)
+                # As it is by now: what was good may have been lost on the way.
+                there = await self._namespaces.owned(ref)
+                way_back = self._releases.way_back(there, wanted) if there is not None else None
                 if way_back is None or not isinstance(failure, ProviderFailure):
                     raise failure from error
                 raise await self._roll_back(ref, *way_back, chart, failure, report) from error
@@ -241,7 +265,13 @@ class KubernetesProvider:
                 if changed:
                     await self._drop_environments(ref, but=secret)
                 return await self._endpoints(ref)
-            await report("Deploying", "The session was deleted or stopped by hand while it started: starting it anew.")
+            await told("Deploying", "The session was deleted or stopped by hand while it started: starting it anew.")
+            await asyncio.sleep(ROLLOUT_INTERVAL)
+        raise ProviderFailure(
+            "TakenAway",
+            f"The session was taken away again and again while it started ({_ROUNDS} times): find out who deletes or"
+            f" stops it. A chart other than ours must make a Deployment named {ref.container_name}.",
+        )
 
     async def _chart(self, machine: Mapping[str, Any]) -> Chart:
         """The chart that the options of a machine config name, or else the provider's."""
@@ -337,13 +367,16 @@ class KubernetesProvider:
         return await _unless_absent(self.cluster.scale(f"{_deployments(ref)}/{ref.container_name}", replicas))
 
     async def _ended(self, ref: SessionRef) -> None:
-        """Return when no pod is left. Raises ProviderFailure (`StopTimeout`), naming those that are."""
+        """Return when no pod is left that may run: nobody removes one that was evicted.
+
+        Raises ProviderFailure (`StopTimeout`), naming those that are left.
+        """
         left: list[Pod] = []
         try:
             async with asyncio.timeout(self.options.stop_deadline) as timer:
                 while True:
                     deployment = await self._deployment(ref)
-                    left = await self._pods(ref)
+                    left = [pod for pod in await self._pods(ref) if pod.status.phase not in ("Failed", "Succeeded")]
                     seen = deployment is None or (
                         deployment.status.observed_generation >= deployment.metadata.generation
                         and deployment.status.replicas == 0
@@ -427,10 +460,21 @@ class KubernetesProvider:
 
     async def _permissions(self) -> None:
         """Raise ProviderUnavailable, naming what the cluster does not let us do of what sessions need."""
-        missing: dict[str, list[str]] = {}
-        for verb, group, resource in _NEEDED:
+        room = asyncio.Semaphore(_QUESTIONS)
+
+        async def may(verb: str, group: str, resource: str) -> bool:
             plural, _, part = resource.partition("/")
-            if not await self.cluster.can_i(verb, plural, group=group, subresource=part):
+            async with room:
+                return await self.cluster.can_i(verb, plural, group=group, subresource=part)
+
+        try:
+            async with asyncio.TaskGroup() as asking:
+                asked = [(asking.create_task(may(*need), name="permission"), *need) for need in _NEEDED]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        missing: dict[str, list[str]] = {}
+        for permitted, verb, _, resource in asked:
+            if not permitted.result():
                 missing.setdefault(resource, []).append(verb)
         if missing:
             what = "; ".join(f"{', '.join(verbs)} {resource}" for resource, verbs in missing.items())
@@ -438,6 +482,17 @@ class KubernetesProvider:
                 f"The cluster does not permit all that sessions need. Missing: {what}."
                 " Bind the account to the ClusterRole of the chart cluster-code."
             )
+
+
+def _failure_of(error: Exception, seconds: float, heard: str) -> ProviderFailure | ProviderUnavailable:
+    """What to tell of what has ended a start."""
+    if isinstance(error, ProviderFailure):
+        return error
+    if isinstance(error, ApiRefused):
+        return api_failure(error, "start the session")
+    return ProviderFailure(
+        "StartTimeout", f"The session was not ready within {seconds:.0f} seconds. It was waiting for: {heard}"
+    )
 
 
 def _deployments(ref: SessionRef) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import orjson
 import structlog
+import yaml
 
 from orchestrator.cluster.client import Cluster
 from orchestrator.cluster.helm import DeploymentBroken, Helm, ReleaseBroken
@@ -95,7 +96,8 @@ class Releases:
     ) -> bool:
         """Apply the chart with these values, unless they are; whether that changed anything.
 
-        What a crash has left of an earlier call is put right. Raises what `Helm.upgrade` does, but ReleaseBroken.
+        What a crash has left of an earlier call, and what was taken away by hand, is put right. Raises what
+        `Helm.upgrade` does, but ReleaseBroken.
         """
         wanted = self.wanted(chart, values)
         applied = namespace.metadata.annotations.get(APPLIED)
@@ -134,7 +136,10 @@ class Releases:
             await self._helm.rollback(*place, revision, deadline=_HELM_DEADLINE)
         except (ReleaseBroken, ProviderFailure) as error:
             log.warning("helm cannot roll back; applying the values of then", session=ref.session_id, error=str(error))
-            values = await self._helm.values(*place, revision, deadline=_HELM_DEADLINE)
+            try:
+                values = await self._helm.values(*place, revision, deadline=_HELM_DEADLINE)
+            except ReleaseBroken as gone:
+                raise ProviderFailure("HelmFailed", f"{gone}.") from gone
             await self._upgrade(ref, chart, values)
 
     async def _upgrade(self, ref: SessionRef, chart: Chart, values: bytes) -> None:
@@ -146,6 +151,8 @@ class Releases:
         except ReleaseBroken as error:
             log.warning("helm cannot go on from what is there", session=ref.session_id, error=str(error))
             if not isinstance(error, DeploymentBroken):
+                # Revisions are counted from one again: what was good would be taken for another.
+                await self._namespaces.annotate(ref, {GOOD: None})
                 await self._forget(ref, await self._records(ref))
             # A change that is merged into what nobody remembers may not be valid. A session has no pod to lose now.
             await self._drop_deployment(ref)
@@ -166,9 +173,15 @@ class Releases:
             )
 
     async def _whole(self, ref: SessionRef) -> bool:
-        """Whether nobody took away by hand what a session cannot do without."""
-        service = f"/api/v1/namespaces/{ref.namespace}/services/{ref.container_name}"
-        return await self._there(_deployment(ref)) and await self._there(service)
+        """Whether all objects of the release are there."""
+        try:
+            manifest = await self._helm.manifest(ref.container_name, ref.namespace, deadline=_HELM_DEADLINE)
+        except (ReleaseBroken, ProviderFailure):
+            return False
+        for path in await asyncio.to_thread(_paths, manifest, ref.namespace):
+            if not await self._there(path):
+                return False
+        return True
 
     async def _there(self, path: str) -> bool:
         try:
@@ -226,3 +239,16 @@ class Releases:
 
 def _deployment(ref: SessionRef) -> str:
     return f"/apis/apps/v1/namespaces/{ref.namespace}/deployments/{ref.container_name}"
+
+
+def _paths(manifest: bytes, namespace: str) -> list[str]:
+    """Where the API has the objects of a manifest; one that is not in the namespace counts as missing."""
+    return [_path(one, namespace) for one in yaml.safe_load_all(manifest) if one]
+
+
+def _path(thing: Mapping[str, Any], namespace: str) -> str:
+    version, kind = thing["apiVersion"], thing["kind"].lower()
+    # As Kubernetes' own kinds and nearly all others are called. Of the rest the release is applied once more.
+    plural = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}es" if kind.endswith("s") else f"{kind}s"
+    place = f"apis/{version}" if "/" in version else f"api/{version}"
+    return f"/{place}/namespaces/{namespace}/{plural}/{thing['metadata']['name']}"

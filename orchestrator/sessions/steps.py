@@ -155,7 +155,7 @@ async def _start(session: Session, provider: Provider, pool: Pool, deadline: flo
     if stop_first:
         await _bounded(provider.stop(session.ref), STOP_DEADLINE, "The stop")
     seconds = await _begin(session, pool, deadline)
-    spec = await _spec(session, pool)
+    spec = await _spec(session, pool, seconds)
     heard = ""
 
     async def report(reason: str, message: str) -> None:
@@ -218,7 +218,7 @@ async def _begin(session: Session, pool: Pool, deadline: float) -> float:
     return left
 
 
-async def _spec(session: Session, pool: Pool) -> SessionSpec:
+async def _spec(session: Session, pool: Pool, seconds: float) -> SessionSpec:
     """What to start: the project as it is now, the machine as it was when the session was made."""
     try:
         async with pool.acquire() as connection:
@@ -233,7 +233,7 @@ async def _spec(session: Session, pool: Pool) -> SessionSpec:
         raise Interrupted("the session is gone")
     machine = Machine(**row["machine"])
     return SessionSpec(
-        session.ref, row["uuid"], row["repo_url"], row["branch"], row["env"], machine, row["chart_values"]
+        session.ref, row["uuid"], row["repo_url"], row["branch"], row["env"], machine, row["chart_values"], seconds
     )
 
 

@@ -23,11 +23,12 @@ from structlog.testing import capture_logs
 from orchestrator.cluster.access import Kubeconfig
 from orchestrator.cluster.client import Cluster
 from orchestrator.cluster.helm import Helm
-from orchestrator.cluster.objects import INSTANCE, PROJECT
+from orchestrator.cluster.objects import INSTANCE, PROJECT, SESSION, Pod
 from orchestrator.errors import ProviderFailure, ProviderUnavailable
 from orchestrator.providers.contract import Endpoint, Machine, RolledBack, SessionRef, SessionSpec, State
 from orchestrator.providers.kubernetes import CHART, KubernetesProvider
 from orchestrator.providers.options import KubernetesOptions
+from orchestrator.providers.releases import GOOD
 from tests.cluster.conftest import IMAGE, absent, eventually, removed_after, there
 from tests.conftest import no_task_left
 
@@ -38,6 +39,8 @@ pytestmark = pytest.mark.timeout(240)
 DEFAULTS = Path(__file__).parents[1] / "charts" / "values" / "cluster-code" / "defaults.yaml"
 SECRET = "correct-horse-battery"
 SERVE = "mkdir -p /tmp/w && echo hi > /tmp/w/index.html && exec httpd -f -p $PORT -h /tmp/w"
+# Fits into the quota beside the session.
+SMALL = {"cpu": "1m", "memory": "1Mi"}
 # What makes a session small, and quick to begin and to end.
 VALUES = {
     "terminationGracePeriodSeconds": 0,
@@ -256,6 +259,10 @@ async def test_a_change_that_cannot_run_is_rolled_back_with_its_environment(
     with pytest.raises(RolledBack, match=r"The chart refuses the session's values: .*image"):
         await provider.start(changed(second, image=""), heard)
     assert await provider.start(second, heard) == back.value.endpoints
+    # One that only does not come up ends in time to go back.
+    with pytest.raises(RolledBack, match=r"not ready within .* runs on as it was before"):
+        await provider.start(replace(changed(second, command=["sleep", "1000"]), deadline=12.0), heard)
+    assert await shell(provider, second, "echo $MODE") == "second"
     environments = await objects(
         provider.cluster, inside(first, "secrets"), label_selector="app.kubernetes.io/component=environment"
     )
@@ -294,6 +301,16 @@ async def test_what_was_taken_away_by_hand_comes_back(provider: KubernetesProvid
     again = await provider.start(session, heard)
     assert again.preview == endpoints.preview
 
+    await provider.stop(session.ref)
+    taken = [inside(session, f"{kind}/session-42") for kind in ("persistentvolumeclaims", "resourcequotas")]
+    taken.append(inside(session, "networkpolicies/session-42", "/apis/networking.k8s.io/v1"))
+    taken.append(inside(session, "services/session-42-preview"))
+    for path in taken:
+        await provider.cluster.delete(path)
+        await eventually(lambda path=path: absent(provider.cluster, path))
+    await provider.start(session, heard)
+    assert [await there(provider.cluster, path) for path in taken] == [True] * len(taken)
+
     # Helm's own records, too: it takes over what is there.
     for revision, _ in await revisions(provider, session):
         damaged = {"data": {"release": "eHh4"}}
@@ -302,6 +319,16 @@ async def test_what_was_taken_away_by_hand_comes_back(provider: KubernetesProvid
         )
     await provider.start(changed(session, path="/elsewhere"), heard)
     assert await revisions(provider, session) == [("1", "deployed")]
+
+    # There is nothing to go back to when what was good is not known any more, or is no more.
+    await provider.cluster.patch(inside(session, "secrets/sh.helm.release.v1.session-42.v1"), damaged, dict)
+    with pytest.raises(ProviderFailure, match=r"bench\.local/nothing:1") as lost:
+        await provider.start(changed(session, image="bench.local/nothing:1"), heard)
+    assert lost.value.reason == "ImagePull"
+    assert "oing back" not in str(lost.value)
+    await provider._namespaces.annotate(session.ref, {GOOD: "99 0123"})
+    with pytest.raises(ProviderFailure, match=r"bench\.local/nothing:1.* Going back to what ran before failed, too"):
+        await provider.start(changed(session, image="bench.local/nothing:1"), heard)
 
     await provider.cluster.patch(inside(session, "secrets/sh.helm.release.v1.session-42.v1"), damaged, dict)
     await provider.delete(session.ref)
@@ -467,7 +494,12 @@ async def test_closing_ends_what_is_under_way(provider: KubernetesProvider, hear
     watcher = asyncio.create_task(_watched(provider))
     start = asyncio.create_task(provider.start(session, heard))
     await heard.happened.wait()
+    # Whoever comes second comes upon calls that are ending.
+    closing = asyncio.create_task(provider.close())
+    while not any(timer.expired() for timer in provider._calls):
+        await asyncio.sleep(0)
     await provider.close()
+    await closing
     with pytest.raises(ProviderUnavailable, match="closed"):
         await start
     assert await watcher == []
@@ -493,7 +525,18 @@ async def test_commands_run_where_the_session_runs_until_its_pods_are_gone(make:
     with pytest.raises(ProviderFailure, match="did not end within 3 seconds"):
         await provider.exec(session.ref, ["sleep", "1000"])
 
-    pod = f"pods/{(await objects(provider.cluster, inside(session, 'pods')))[0]['metadata']['name']}"
+    # What has ended, an evicted pod for instance, is nobody's to remove.
+    ended = {
+        "metadata": {"name": "ended", "labels": {INSTANCE: provider.options.instance, SESSION: "42"}},
+        "spec": {
+            "restartPolicy": "Never", "terminationGracePeriodSeconds": 0,
+            "containers": [{"name": "ended", "image": IMAGE, "command": ["true"], "resources": {"requests": SMALL}}],
+        },
+    }  # fmt: skip
+    await provider.cluster.create(inside(session, "pods"), ended, dict)
+    await eventually(lambda: _phase(provider, session, "ended", "Succeeded"))
+    running = await objects(provider.cluster, inside(session, "pods"), label_selector="app.kubernetes.io/name")
+    pod = f"pods/{running[0]['metadata']['name']}"
     await provider.cluster.patch(inside(session, pod), {"metadata": {"finalizers": ["example.com/hold"]}}, dict)
     try:
         with pytest.raises(ProviderFailure, match=r"After 3 seconds still not ended: session-42-.*node") as hangs:
@@ -502,4 +545,29 @@ async def test_commands_run_where_the_session_runs_until_its_pods_are_gone(make:
     finally:
         await provider.cluster.patch(inside(session, pod), {"metadata": {"finalizers": None}}, dict)
     await make().stop(session.ref)
-    assert await objects(provider.cluster, inside(session, "pods")) == []
+    assert [one["metadata"]["name"] for one in await objects(provider.cluster, inside(session, "pods"))] == ["ended"]
+
+    # Pods may be there without their Deployment.
+    await provider.start(session, heard)
+    await provider.cluster.delete(inside(session, "deployments/session-42", "/apis/apps/v1"), propagation="Orphan")
+    with pytest.raises(ProviderFailure, match=r"still not ended: session-42-"):
+        await provider.stop(session.ref)
+
+
+async def _phase(provider: KubernetesProvider, session: SessionSpec, pod: str, phase: str) -> bool:
+    found = await provider.cluster.get(inside(session, f"pods/{pod}"), Pod)
+    return found.status.phase == phase
+
+
+async def test_a_chart_without_the_sessions_deployment_is_given_up(
+    make: MakeProvider, heard: Heard, tmp_path: Path
+) -> None:
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "Chart.yaml").write_text("{apiVersion: v2, name: other, version: 1.0.0}")
+    (tmp_path / "templates" / "all.yaml").write_text("{apiVersion: v1, kind: ConfigMap, metadata: {name: other}}")
+    provider = make(chart=str(tmp_path))
+    session = spec()
+    with pytest.raises(ProviderFailure, match=r"must make a Deployment named session-42\.") as given_up:
+        await provider.start(session, heard)
+    assert given_up.value.reason == "TakenAway"
+    await provider.delete(session.ref)

@@ -9,6 +9,7 @@ from orchestrator.providers.options import KubernetesOptions
 
 PROJECT = UUID(int=7)
 WHO = {
+    "progressDeadlineSeconds": 300,
     "instance": "cluster-code",
     "project": str(PROJECT),
     "session": "42",
