@@ -44,6 +44,8 @@ _BROKEN = re.compile(
     r"|gzip: invalid|invalid character|unexpected end of JSON|has no \d+ version|release name is invalid"
 )
 _UNPATCHABLE = re.compile(r"cannot patch \"[^\"]*\" with kind Deployment")
+# The chart's own mistakes, whatever words they are told in.
+_CHART = re.compile(r"\A(?:parse error at |template: |YAML parse error on )")
 _FORBIDDEN = re.compile(r"(?:\S+ )?(?:\"[^\"]*\" )?is forbidden: .*", re.DOTALL)
 _FOREIGN = re.compile(r"(\S+) \"([^\"]+)\" in namespace \"[^\"]*\" exists and cannot be imported", re.DOTALL)
 # What a template calls for with `required` or `fail`.
@@ -210,7 +212,9 @@ def failure(verb: str, text: str) -> ClusterCodeError:
         )
     if forbidden := _FORBIDDEN.search(line):
         return ApiRefused(403, "Forbidden", forbidden[0])
-    if _UNPATCHABLE.search(said):
+    if _CHART.match(said):
+        return ProviderFailure("HelmFailed", f"helm {verb} cannot make anything of the chart: {line}")
+    if _UNPATCHABLE.search(said) and not _AWAY.search(said):
         return DeploymentBroken(f"helm {verb}: {line}")
     if _BROKEN.search(said):
         return ReleaseBroken(f"helm {verb}: {line}")

@@ -243,7 +243,8 @@ def _deployment(ref: SessionRef) -> str:
 
 def _paths(manifest: bytes, namespace: str) -> list[str]:
     """Where the API has the objects of a manifest; one that is not in the namespace counts as missing."""
-    return [_path(one, namespace) for one in yaml.safe_load_all(manifest) if one]
+    things = [thing for one in yaml.safe_load_all(manifest) if one for thing in one.get("items", [one])]
+    return [_path(thing, namespace) for thing in things]
 
 
 def _path(thing: Mapping[str, Any], namespace: str) -> str:

@@ -78,6 +78,32 @@ SCHEMA = "values don't meet the specifications of the schema(s) in the following
             DeploymentBroken,
             'helm upgrade: cannot patch "session-1" with kind Deployment: it is invalid: two probes',
         ),
+        (
+            'Error: UPGRADE FAILED: cannot patch "session-1" with kind Deployment: Patch "https://a/": unexpected EOF',
+            ProviderUnavailable,
+            (
+                'helm upgrade did not get through to the cluster or its chart: cannot patch "session-1" with kind'
+                ' Deployment: Patch "https://a/": unexpected EOF'
+            ),
+        ),
+        # Neither an outage nor a broken release, whatever the chart stumbles over.
+        (
+            "Error: INSTALLATION FAILED: parse error at (other/templates/a.yaml:1): unexpected EOF",
+            ProviderFailure,
+            "helm upgrade cannot make anything of the chart: parse error at (other/templates/a.yaml:1): unexpected EOF",
+        ),
+        (
+            (
+                'Error: UPGRADE FAILED: template: other/a.yaml:1:3: executing "other/a.yaml" at <mustFromJson "x">:'
+                " error calling mustFromJson: invalid character 'x' looking for beginning of value"
+            ),
+            ProviderFailure,
+            (
+                'helm upgrade cannot make anything of the chart: template: other/a.yaml:1:3: executing "other/a.yaml"'
+                " at <mustFromJson \"x\">: error calling mustFromJson: invalid character 'x' looking for beginning of"
+                " value"
+            ),
+        ),
         ("Error: repo foo not found", ProviderFailure, "helm upgrade failed: repo foo not found"),
         ("", ProviderFailure, "helm upgrade failed: it did not say why"),
     ],
