@@ -6,6 +6,7 @@ After a change that is meant: `python -m tests.charts.chart`, and look at the di
 from __future__ import annotations
 
 import difflib
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -341,3 +342,14 @@ def _pods(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _lines(found: list[dict[str, Any]]) -> list[str]:
     return yaml.safe_dump_all(found, sort_keys=True, width=200).splitlines()
+
+
+@pytest.mark.parametrize("password", ["hunter2", "hun@ter2", "hunter%402"])
+def test_what_git_says_is_told_without_the_password(password: str) -> None:
+    rendered = chart.rendered(Case("dev-session-template", "everything"))
+    pods = [one["spec"]["template"]["spec"] for one in rendered if one["kind"] == "Deployment"]
+    clone = next(one for one in pods[0]["initContainers"] if one["name"] == "clone")
+    masking = next(line for line in clone["command"][-1].splitlines() if line.strip().startswith("sed "))
+    said = f"fatal: unable to access 'https://me:{password}@example.org/shop.git/': see https://example.org/a/b@c\n"
+    told = subprocess.run(["sh", "-c", masking], input=said, capture_output=True, text=True, check=True, timeout=10)
+    assert told.stdout == "fatal: unable to access 'https://example.org/shop.git/': see https://example.org/a/b@c\n"
