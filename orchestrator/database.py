@@ -37,6 +37,8 @@ UNAVAILABLE: tuple[type[BaseException], ...] = (
     asyncpg.CrashShutdownError,
     asyncpg.TooManyConnectionsError,
     asyncpg.QueryCanceledError,
+    # Two waited for each other's rows, and we were the one to go.
+    asyncpg.TransactionRollbackError,
 )
 
 # Bitmap and sequential scans read all rows of a key before a LIMIT can end them, and are planned for keys of average

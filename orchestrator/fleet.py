@@ -246,7 +246,11 @@ class Fleet:
                 await connection.execute(
                     """WITH due AS (
                            UPDATE sessions SET next_attempt_at = now()
-                            WHERE provider_id = $1 AND stale AND next_attempt_at > now() RETURNING id)
+                            WHERE id = ANY (ARRAY(
+                                  SELECT id FROM sessions
+                                   WHERE provider_id = $1 AND stale AND next_attempt_at > now()
+                                     -- Whoever holds one looks after it just now.
+                                     FOR NO KEY UPDATE SKIP LOCKED)) RETURNING id)
                        SELECT pg_notify('sessions', '') FROM due LIMIT 1""",
                     provider_id,
                 )
