@@ -83,6 +83,11 @@ class LogWriter:
         """Lines that wait to be stored."""
         return len(self._waiting)
 
+    @property
+    def full(self) -> bool:
+        """Whether who can wait should, before it brings more: far below where lines are dropped."""
+        return len(self._waiting) > MAX_WAITING // 4 or self._bytes > MAX_WAITING_BYTES // 4
+
     def sink(self, line: LogLine) -> None:
         """Take a line, from the event loop's thread; returns at once."""
         text = clean(line.line, MAX_LINE)

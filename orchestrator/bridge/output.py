@@ -26,8 +26,8 @@ log = structlog.get_logger("bridge")
 
 _AWAY: tuple[type[BaseException], ...] = (ProviderUnavailable, *UNAVAILABLE)
 _MOMENT = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)")
-# Lines that may wait to be stored, before more are read of the cluster.
-_FULL = 5000
+# Lines that are taken between two looks whether there is room: as many may have come at once as fit into a read.
+_SLICE = 100
 # Seconds without a line after which a connection may be dead, and is made anew.
 _QUIET = 600.0
 # Seconds between two looks whether there is room again.
@@ -42,8 +42,8 @@ class Output(Protocol):
         ...
 
     @property
-    def waiting(self) -> int:
-        """Lines that are not stored yet."""
+    def full(self) -> bool:
+        """Whether to wait before it is given more lines."""
         ...
 
     @property
@@ -274,9 +274,10 @@ class Streams:
             ) as arriving:  # fmt: skip
                 resuming = _Resuming(container.at, container.same)
                 async for lines in arriving:
-                    self._take(container, resuming, lines)
-                    while self._output.waiting > _FULL:  # noqa: ASYNC110  A sink tells nobody that it has room again.
-                        await asyncio.sleep(_PAUSE)
+                    for begin in range(0, len(lines), _SLICE):
+                        while self._output.full:  # noqa: ASYNC110  A sink tells nobody that it has room again.
+                            await asyncio.sleep(_PAUSE)
+                        self._take(container, resuming, lines[begin : begin + _SLICE])
         except ApiRefused:
             # Of a run before the cluster may keep nothing.
             if not previous:

@@ -124,3 +124,13 @@ async def test_the_bound_keeps_containers_out_until_there_is_room_and_says_so_on
 
 async def _has(ground: Ground, session: Session, line: str) -> bool:
     return line in await stored(ground, session)
+
+
+async def test_much_that_was_written_before_comes_no_faster_than_it_can_be_stored(ground: Ground) -> None:
+    session = await ground.session()
+    ground.run(session)
+    lines = [str(number) for number in range(50_000)]
+    write(ground, session, *lines, at=NOON)
+    async with ground.bridge() as one:
+        await until(lambda: _has(ground, session, lines[-1]))
+        assert one.logs.dropped == 0
