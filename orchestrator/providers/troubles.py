@@ -82,7 +82,8 @@ def _unscheduled(pod: Pod, scheduled: Condition, evidence: Evidence, rules: Rule
     what, do = symptoms.unschedulable(scheduled.message)
     if symptoms.unbound(scheduled.message):
         yield from _volumes(evidence, rules)
-        yield Trouble("VolumeNotBound", f"{what}; {do}", ("FailedScheduling",), None)
+        meanwhile = ("VolumeNotBound", f"{what}.")
+        yield Trouble("VolumeNotBound", f"{what}; {do}", ("FailedScheduling",), None, None, meanwhile)
         return
     words = ("FailedScheduling", "Unschedulable")
     since = scheduled.last_transition_time or pod.metadata.creation_timestamp
