@@ -66,8 +66,9 @@ T = TypeVar("T")
 CHART = Path(__file__).parents[2] / "charts" / "dev-session-template"
 # Seconds between two looks at a rollout.
 ROLLOUT_INTERVAL = 1.0
-# Seconds that a start may take, whatever happens: its caller's deadline is the one that counts.
+# Seconds that a start may take whose caller names no deadline; and how much later than a caller's ours is.
 _START_DEADLINE = 3600.0
+_LATER = 60.0
 # Of the seconds that a start has, so many at most are kept for going back to what ran before.
 _WAY_BACK = 60.0
 # Times that a session may be taken away by others while it starts.
@@ -140,7 +141,8 @@ class KubernetesProvider:
 
     async def start(self, spec: SessionSpec, report: Report) -> Endpoints:
         """See `Provider`. Cancelling leaves what is there already; the next start goes on from it, a stop ends it."""
-        async with self._call("start the session", _START_DEADLINE):
+        deadline = _START_DEADLINE if spec.deadline is None else spec.deadline + _LATER
+        async with self._call("start the session", deadline):
             return await self._start(spec, report)
 
     async def stop(self, ref: SessionRef) -> None:
