@@ -18,7 +18,7 @@ from orchestrator.providers.contract import Machine
 FILE = """
 providers:
   - {name: local, kind: local, default: true, options: {clone_deadline: 60}}
-  - {name: cluster, kind: kubernetes}
+  - {name: cluster, kind: docker}
 machine_configs:
   - {name: small, provider: local, default: true, cpu: 500m, memory: 1Gi, services: {preview: {command: [a, b]}}}
   - {name: big, provider: local, cpu: 4, disk: 10Gi}
@@ -83,9 +83,7 @@ async def test_an_import_makes_the_rows_and_another_changes_nothing(connection: 
 
 async def test_changes_are_told_by_field_and_made(connection: asyncpg.Connection) -> None:
     await apply(connection, read())
-    changed = read(
-        FILE.replace("memory: 1Gi", "memory: 2Gi").replace("[a, b]", "[a, c]").replace("kubernetes}", "docker}")
-    )
+    changed = read(FILE.replace("memory: 1Gi", "memory: 2Gi").replace("[a, b]", "[a, c]").replace("docker}", "devpod}"))
     expected = [
         "provider local: unchanged", "provider cluster: changed (kind)",
         "machine config small: changed (memory, services)", "machine config big: unchanged",
@@ -100,7 +98,7 @@ async def test_a_changed_default_moves_the_default(connection: asyncpg.Connectio
     await apply(connection, read())
     moved = read(
         """
-        providers: [{name: cluster, kind: kubernetes, default: true}]
+        providers: [{name: cluster, kind: docker, default: true}]
         machine_configs: [{name: big, provider: local, default: true, cpu: 4, disk: 10Gi}]
         """
     )
@@ -176,8 +174,8 @@ async def test_concurrent_imports_end_like_one(pool: Pool) -> None:
 async def test_a_provider_with_sessions_keeps_its_kind(connection: asyncpg.Connection) -> None:
     await apply(connection, read())
     await session(connection, "cluster")
-    with pytest.raises(Invalid, match=r"providers\[0\]\.kind: 'cluster' has sessions, and is of the kind 'kubernetes'"):
-        await apply(connection, read("providers: [{name: cluster, kind: docker}]"))
+    with pytest.raises(Invalid, match=r"providers\[0\]\.kind: 'cluster' has sessions, and is of the kind 'docker'"):
+        await apply(connection, read("providers: [{name: cluster, kind: devpod}]"))
 
 
 async def test_providers_are_added_once(connection: asyncpg.Connection) -> None:
