@@ -25,7 +25,7 @@ from tests.rabbitmq import free_ports
 T = TypeVar("T")
 
 # Seconds. Two cores run everything, the cluster too.
-DEADLINE = 90.0
+DEADLINE = 150.0
 # Whoever takes over need not wait long for the leases of who died.
 QUICK = {"ORCHESTRATOR_LEASE": "3", "ORCHESTRATOR_POLL_INTERVAL": "0.5", "ORCHESTRATOR_RESYNC_INTERVAL": "1"}
 # A page; and what makes the container end as one that needs more memory than it has.
