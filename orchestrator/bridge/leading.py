@@ -44,6 +44,8 @@ _MOST = 5000
 _SWEEP = 1.0
 # Sessions looked at between two turns of the loop.
 _SLICE = 100
+# Of PostgreSQL's `bigint`.
+_LARGEST = 2**63 - 1
 # Of a cluster that was never watched before: older Events are no news.
 _NEWS = timedelta(minutes=5)
 # Seconds between two questions whether the API is there, and for how long it must be away to be told of.
@@ -103,7 +105,7 @@ class Lead:
         # By namespace, the session that it is of.
         self._sessions: dict[str, int | None] = {}
         self._rows: list[Row] = []
-        self._missing: list[Kind] = []
+        self._missing: list[tuple[Kind, set[str]]] = []
         self._all_due = False
         self._news = asyncio.Event()
         self._room = asyncio.Event()
@@ -119,6 +121,7 @@ class Lead:
         log.info("watching a cluster", provider=self._name, known=sum(map(len, self._told.values())))
         work = {f"watch {name}s of {self._name}": self._follow(name) for name in self._informers}
         work |= {f"tell of {self._name}": self._tell(), f"probe {self._name}": self._probe()}
+        work |= {f"lead over {self._name}": self._until_lost()}
         tasks = [asyncio.create_task(one, name=name) for name, one in work.items()]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -131,6 +134,14 @@ class Lead:
             await self._statuses.close()
             await self.streams.close()
 
+    async def _until_lost(self) -> None:
+        """Raise at once when the connection ends, and not at its next use: another may lead, and follow output."""
+        lost = asyncio.Event()
+        self._connection.add_termination_listener(lambda _: lost.set())
+        if not self._connection.is_closed():
+            await lost.wait()
+        raise ConnectionError("the connection to the database has ended")
+
     # What comes. -----------------------------------------------------------------------------------------------------
 
     async def _follow(self, name: str) -> None:
@@ -142,16 +153,24 @@ class Lead:
             async for batch in batches:
                 await self._room.wait()
                 for change in batch.changes:
-                    self._take(kind, change, batch.at)
+                    try:
+                        self._take(kind, change, batch.at)
+                    except Exception:
+                        # It would be there for the next leader, too: one object must not keep us from all others.
+                        informer.stats.unreadable += 1
+                        meta = change.object.metadata
+                        log.exception(
+                            "change not understood",
+                            provider=self._name, kind=kind.name, namespace=meta.namespace, object=meta.name,
+                        )  # fmt: skip
                 if batch.synced and name in self._unseen:
                     self._listed(kind)
 
     def _listed(self, kind: Kind) -> None:
         """The first list of a kind is complete: what is not in it is gone."""
-        if self._unseen[kind.name]:
-            self._missing.append(kind)
-        else:
-            del self._unseen[kind.name]
+        # From here on no other list is the first, also before what is missing was told.
+        if missing := self._unseen.pop(kind.name):
+            self._missing.append((kind, missing))
         if kind is NAMESPACE:
             self._named.set()
         if self._complete:
@@ -166,6 +185,8 @@ class Lead:
         if unseen := self._unseen.get(kind.name):
             unseen.discard(meta.uid)
         version = int(meta.resource_version)
+        if version > _LARGEST:
+            raise OverflowError("a version that the table cannot hold")
         gone = change.kind == "deleted"
         if known is None:
             if gone:
@@ -252,7 +273,7 @@ class Lead:
                 log.debug("nothing new", provider=self._name)
             self._news.clear()
             while self._missing:
-                await self._find_missing(self._missing.pop())
+                await self._find_missing(*self._missing.pop())
             await self._carry()
             carried = monotonic()
             if self._outage is not None:
@@ -280,9 +301,9 @@ class Lead:
         """Changes that are not told yet."""
         return len(self._rows)
 
-    async def _find_missing(self, kind: Kind) -> None:
+    async def _find_missing(self, kind: Kind, missing: Collection[str]) -> None:
         """Have told what was told by another leader, and is gone since."""
-        uids = sorted(self._unseen.pop(kind.name))
+        uids = sorted(missing)
         now = monotonic()
         for begin in range(0, len(uids), LIMIT):
             some = uids[begin : begin + LIMIT]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from tests.integration.bridge.conftest import Ground, until
-from tests.kubernetes import EVENTS, NAMESPACES, PODS, line
+from tests.integration.bridge.conftest import Ground, Orchestrator, until
+from tests.kubernetes import EVENTS, NAMESPACES, PODS, line, slow
 
 
 async def test_a_change_of_a_pod_is_told_on_its_sessions_channel_and_on_cluster(ground: Ground) -> None:
@@ -261,3 +264,61 @@ async def test_whenever_leaders_die_each_change_is_told_once(ground: Ground) -> 
     for session in sessions:
         own = await ground.told("session.pod", f"session:{session.id}")
         assert own == [one for one in await ground.told("session.pod") if one["session_id"] == session.id]
+
+
+async def test_one_odd_object_keeps_nobody_from_the_others(ground: Ground) -> None:
+    session = await ground.session()
+    ground.place(session)
+    # A moment in no time zone, which is neither before nor after any other.
+    ground.event(session, "odd", firstTimestamp=None, lastTimestamp="2026-01-01T00:00:00")
+    async with ground.bridge() as one:
+        ground.api.version = 2**63
+        ground.pod(session, name="odd")
+        ground.api.version = 1000
+        ground.pod(session)
+        (told,) = await ground.until_told(1, "session.pod")
+        assert told["pod"] == f"{session.container_name}-abc"
+        (reading,) = one.bridges.read()
+        assert [reading.resources[name].unreadable for name in ("event", "pod")] == [1, 1]
+
+
+async def test_what_is_missing_is_told_once_though_it_was_listed_again_meanwhile(ground: Ground) -> None:
+    gone, changed = await ground.session(), await ground.session()
+    for session in (gone, changed):
+        ground.run(session)
+    async with ground.bridge():
+        await ground.until_told(2, "session.pod")
+    ground.api.delete(PODS, f"{gone.container_name}-abc", namespace=gone.namespace)
+    ground.api.patch(NAMESPACES, changed.namespace, {"status": {"phase": "Terminating"}})
+    # Nothing can be told before all pods were listed twice.
+    ground.api.fail("list", slow(0.5), path=PODS)
+    async with ground.orchestrator() as one, ground.pool.acquire() as connection:
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE outbox IN SHARE MODE")
+            await until(lambda: _listed(one, 1))
+            ground.api.compact()
+            ground.api.expire(PODS)
+            await until(lambda: _listed(one, 2))
+        assert (await ground.until_told(3, "session.pod"))[-1]["change"] == "deleted"
+        await one.following()
+
+
+async def _listed(one: Orchestrator, times: int) -> bool:
+    return any(reading.resources and reading.resources["pod"].lists == times for reading in one.bridges.read())
+
+
+async def test_who_has_lost_the_lead_knows_it_at_once(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Also while there is nothing to do for him.
+    monkeypatch.setattr("orchestrator.bridge.leading._SWEEP", 3600.0)
+    session = await ground.session()
+    ground.run(session)
+    async with ground.bridge():
+        ground.pod(session, restartCount=1)
+        await ground.until_told(2, "session.pod")
+        with capture_logs() as logs:
+            await ground.end_leaders()
+            await until(lambda: _said(logs, "the lead is lost"))
+
+
+async def _said(logs: Sequence[Mapping[str, Any]], event: str) -> bool:
+    return any(entry["event"] == event for entry in logs)
