@@ -32,6 +32,8 @@ CHECK_DEADLINE = 10.0
 LOOK_INTERVAL = 1.0
 # Seconds after which `checked_at` is written although nothing changed.
 TOUCH_INTERVAL = 60.0
+# Seconds for which a bridge that broke counts as broken: more than pass until it is tried again, and breaks again.
+BROKEN_FOR = 60.0
 # Seconds that a provider gets to close.
 CLOSE_DEADLINE = 30.0
 
@@ -75,6 +77,9 @@ class _Member:
     why: str = ""
     elsewhere: bool = False
     watch: asyncio.Task[None] | None = None
+    # What the bridge died of last, and until when that is told (monotonic).
+    broken: str = ""
+    broken_until: float = field(default=0.0)
     # What was last written: (state, message), and when (monotonic).
     told: tuple[str, str] | None = None
     told_at: float = field(default=0.0)
@@ -271,7 +276,7 @@ class Fleet:
             return member
         log.info("provider opened", provider=config.name, kind=config.kind)
         if config.kind in WATCHED:
-            watch = self._bridge(provider_id, config.name, member.provider)
+            watch = self._bridge(provider_id, member, member.provider)
         else:
             watch = self._watch(config.name, member.provider)
         member.watch = asyncio.create_task(watch, name=f"watch {config.name}")
@@ -305,16 +310,17 @@ class Fleet:
             failures = failures + 1 if monotonic() - began < TOUCH_INTERVAL else 1
             await asyncio.sleep(backoff(failures, cap=30.0))
 
-    async def _bridge(self, provider_id: int, name: str, provider: Provider) -> None:
+    async def _bridge(self, provider_id: int, member: _Member, provider: Provider) -> None:
         """Run the provider's bridge, for ever, whatever it dies of."""
-        failures = 0
+        name, failures = member.config.name, 0
         while True:
             began = monotonic()
             try:
                 await self._run_bridge(provider_id, name, provider)
                 log.warning("bridge ended by itself", provider=name)
-            except Exception:
+            except Exception as error:
                 log.exception("bridge broke", provider=name)
+                member.broken, member.broken_until = type(error).__name__, monotonic() + BROKEN_FOR
             failures = failures + 1 if monotonic() - began < TOUCH_INTERVAL else 1
             await asyncio.sleep(backoff(failures, cap=30.0))
 
@@ -343,4 +349,9 @@ async def _state(member: _Member) -> tuple[str, str]:
     except Exception as error:
         log.exception("check failed", provider=member.config.name)
         return "down", f"The check failed unexpectedly ({type(error).__name__})."
+    if monotonic() < member.broken_until:
+        return "down", (
+            "What happens in the cluster is not followed: that failed unexpectedly, and is tried again"
+            f" ({member.broken}). The orchestrator's log says more."
+        )
     return "up", ""

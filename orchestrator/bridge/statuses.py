@@ -135,22 +135,26 @@ class Statuses:
         if not ids:
             return []
         rows = await connection.fetch(
-            f"SELECT {COLUMNS} FROM sessions WHERE id = ANY ($1) AND provider_id = $2 ORDER BY id",  # noqa: S608  Our own column names.
+            f"""SELECT {COLUMNS}, clock_timestamp() - updated_at FROM sessions
+                 WHERE id = ANY ($1) AND provider_id = $2 ORDER BY id""",  # noqa: S608  Our own column names.
             list(ids),
             self._provider_id,
         )
         self._unsettled.difference_update(ids)
+        for session_id in set(ids).difference(row["id"] for row in rows):
+            self._forget(session_id)
         found = []
         for number, row in enumerate(rows, start=1):
             if number % _SLICE == 0:
                 await asyncio.sleep(0)
-            session = Session(*row)
+            *columns, unchanged = row
+            session = Session(*columns)
             if session.desired != Desired.RUNNING:
                 self._forget(session.id)
             elif session.outstanding:
                 self._unsettled.add(session.id)
             elif (seen := self._seen(session)) and (changes := self._changes(session, seen)):
-                if self._certain(session, seen, changes, trusted):
+                if self._certain(session, changes, unchanged, trusted=trusted):
                     found.append((session.id, seen))
                 elif session.stale:
                     await leases.hurry(connection, session.id)
@@ -222,8 +226,8 @@ class Statuses:
             if not hasattr(session, name) or getattr(session, name) != value
         }
 
-    def _certain(self, session: Session, seen: Observation, changes: Changes, trusted: bool) -> bool:
-        """Whether what is held is enough to change the row by."""
+    def _certain(self, session: Session, changes: Changes, unchanged: timedelta, *, trusted: bool) -> bool:
+        """Whether what is held is enough to change the row by, which is `unchanged` for so long by its own clock."""
         status = changes.get("status", session.status)
         if status == session.status:
             return True
@@ -233,7 +237,7 @@ class Statuses:
         if status == Status.PENDING:
             return False
         # That an outage has marked it says nothing of what is held.
-        return trusted and (session.stale or datetime.now(UTC) - session.updated_at > _RECENT)
+        return trusted and (session.stale or unchanged > _RECENT)
 
     def _forget(self, session_id: int) -> None:
         self.well.discard(session_id)

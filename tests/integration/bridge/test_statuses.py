@@ -11,6 +11,8 @@ import pytest
 from tests.integration.bridge.conftest import Ground, until
 from tests.kubernetes import DEPLOYMENTS, NAMESPACES, PODS, SERVICES
 
+PODS_OF = "/api/v1/namespaces/{}/pods"
+
 
 def _ended(minutes: float = 0) -> dict[str, Any]:
     at = (datetime.now(UTC) - timedelta(minutes=minutes)).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -33,6 +35,25 @@ async def test_a_status_is_changed_in_the_transaction_that_tells_of_the_pod(grou
         assert (pod["event_type"], status["event_type"]) == ("session.pod", "session.status")
         assert pod["xmin"] == status["xmin"]
         assert orjson.loads(status["data"])["status"] == "starting"
+
+
+async def test_how_long_a_row_is_unchanged_is_told_by_its_own_clock(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Behind(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) - timedelta(hours=1)
+
+    monkeypatch.setattr("orchestrator.bridge.statuses.datetime", Behind)
+    session = await ground.session()
+    ground.run(session)
+    async with ground.bridge():
+        before = len(ground.api.asked("list", PODS_OF.format(session.namespace)))
+        ground.pod(session, ready=False, restartCount=1, lastState=_ended())
+        await ground.until(session, status="starting")
+        # What is held was enough.
+        assert len(ground.api.asked("list", PODS_OF.format(session.namespace))) == before == 0
 
 
 async def test_a_session_that_comes_back_runs_again(ground: Ground) -> None:

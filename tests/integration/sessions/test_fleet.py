@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from orchestrator.database import Pool
-from orchestrator.fleet import Fleet
+from orchestrator.fleet import Fleet, RunBridge
 from orchestrator.holds import Holds
 from orchestrator.providers.contract import Observation, Provider, SessionRef
 from orchestrator.settings import DatabaseSettings
@@ -30,6 +30,42 @@ class Reachable:
 
 async def _nothing(*_: object) -> None:
     pass
+
+
+async def _broken(*_: object) -> None:
+    raise KeyError("secret")
+
+
+async def test_a_bridge_that_breaks_is_told_of(pool: Pool, database_settings: DatabaseSettings, tmp_path: Path) -> None:
+    async with pool.acquire() as connection:
+        await connection.execute("INSERT INTO providers (name, kind) VALUES ('staged', 'kubernetes')")
+    fleet = _fleet(pool, database_settings, tmp_path, _broken)
+    try:
+        await fleet.refresh()
+        async with asyncio.timeout(30):
+            while fleet.states() != [("staged", "kubernetes", "down")]:
+                await asyncio.sleep(0.01)
+                await fleet.check()
+        async with pool.acquire() as connection:
+            message = await connection.fetchval("SELECT message FROM providers")
+        assert message.startswith("What happens in the cluster is not followed")
+        assert "KeyError" in message
+        assert "secret" not in message
+    finally:
+        await fleet.close()
+
+
+def _fleet(pool: Pool, database_settings: DatabaseSettings, data_dir: Path, run_bridge: RunBridge) -> Fleet:
+    return Fleet(
+        pool,
+        Holds(database_settings),
+        lambda *_, **__: cast(Provider, Reachable()),
+        data_dir=data_dir,
+        sink=lambda _: None,
+        on_observation=_nothing,
+        on_change=lambda: None,
+        run_bridge=run_bridge,
+    )
 
 
 async def test_a_provider_that_is_back_hurries_its_sessions_and_waits_for_nobody_who_holds_one(
@@ -58,16 +94,7 @@ async def test_a_provider_that_is_back_hurries_its_sessions_and_waits_for_nobody
                     project["id"], project["uuid"], workspace_id, provider_id,
                 )
             )  # fmt: skip
-    fleet = Fleet(
-        pool,
-        Holds(database_settings),
-        lambda *_, **__: cast(Provider, Reachable()),
-        data_dir=tmp_path,
-        sink=lambda _: None,
-        on_observation=_nothing,
-        on_change=lambda: None,
-        run_bridge=_nothing,
-    )
+    fleet = _fleet(pool, database_settings, tmp_path, _nothing)
     try:
         await fleet.refresh()
         async with pool.acquire() as other:
