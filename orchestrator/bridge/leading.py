@@ -44,6 +44,8 @@ _MOST = 5000
 _SWEEP = 1.0
 # Sessions looked at between two turns of the loop.
 _SLICE = 100
+# What says whether a session runs.
+_DECISIVE = (NAMESPACE, DEPLOYMENT, POD)
 # Of PostgreSQL's `bigint`.
 _LARGEST = 2**63 - 1
 # Of a cluster that was never watched before: older Events are no news.
@@ -173,9 +175,10 @@ class Lead:
             self._missing.append((kind, missing))
         if kind is NAMESPACE:
             self._named.set()
-        if self._complete:
+        if not self._unseen:
             self._first = False
-            self._all_due = True
+        # As soon as all are listed, or once more: what comes late may say more.
+        self._all_due = True
         self._wake()
 
     def _take(self, kind: Kind, change: Change[Any], at: float) -> None:
@@ -279,7 +282,7 @@ class Lead:
             if self._outage is not None:
                 why, self._outage = self._outage, None
                 await self._mark_stale(why)
-            if self._all_due:
+            if self._all_due and self._complete:
                 self._all_due = False
                 await self._look_at_all()
             if monotonic() >= swept + _SWEEP:
@@ -289,8 +292,14 @@ class Lead:
 
     @property
     def _complete(self) -> bool:
-        """Whether what is held is all there is: before, nothing can be said of any session."""
-        return all(informer.stats.lists for _, informer in self._informers.values())
+        """Whether what is held is all there is: before, nothing can be said of any session.
+
+        What only says more of them (why they wait, how they are reached) is not waited for when it is not to be had.
+        """
+        return all(
+            informer.stats.lists or (informer.trouble is not None and kind not in _DECISIVE)
+            for kind, informer in self._informers.values()
+        )
 
     def informers(self) -> Iterator[tuple[str, Informer[Any]]]:
         """Those of this lead, by what they follow."""
@@ -422,7 +431,7 @@ class Lead:
             return str(error)
         except ApiRefused as error:
             log.debug("version refused", error=str(error))
-        troubles = [informer.trouble for _, informer in self._informers.values()]
+        troubles = [informer.trouble for kind, informer in self._informers.values() if kind in _DECISIVE]
         return next((str(trouble) for trouble in troubles if trouble is not None), None)
 
     async def _mark_stale(self, why: str) -> None:

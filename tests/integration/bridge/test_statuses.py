@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from tests.integration.bridge.conftest import Ground, until
-from tests.kubernetes import DEPLOYMENTS, NAMESPACES, PODS, SERVICES
+from tests.kubernetes import DEPLOYMENTS, INGRESSES, NAMESPACES, PODS, SERVICES, refused
 
 PODS_OF = "/api/v1/namespaces/{}/pods"
 
@@ -166,6 +166,20 @@ async def test_an_outage_marks_sessions_stale_and_its_end_brings_them_back(groun
     told = await ground.told("session.status", f"session:{well.id}")
     assert [(one["status"], one["stale"]) for one in told] == [("running", True), ("running", False)]
     assert {one["change"] for one in await ground.told("session.pod")} == {"added", "modified"}
+
+
+async def test_sessions_are_looked_after_where_only_ingresses_may_not_be_seen(ground: Ground) -> None:
+    session = await ground.session()
+    ground.run(session)
+    ground.api.fail("list", *[refused(403, "Forbidden")] * 1000, path=INGRESSES)
+    async with ground.orchestrator() as one:
+        await ground.until_told(1, "session.pod")
+        ground.pod(session, ready=False, restartCount=1, lastState=_ended())
+        now = await ground.until(session, status="starting")
+        assert not now.stale
+        (reading,) = one.bridges.read()
+        assert "Forbidden" in reading.resources["ingress"].trouble
+    assert {told["stale"] for told in await ground.told("session.status", f"session:{session.id}")} == {False}
 
 
 async def test_a_short_outage_is_no_news(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
