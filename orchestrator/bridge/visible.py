@@ -19,8 +19,10 @@ import orjson
 
 from orchestrator import events
 from orchestrator.cluster.objects import PROJECT, SESSION, Condition, Deployment, Event, Ingress, Meta, Namespace
-from orchestrator.providers import diagnosis
+from orchestrator.providers import diagnosis, symptoms
 
+# Bytes of what Kubernetes says of an object.
+_MESSAGE = 1024
 # `spec.containers{preview}`
 _CONTAINER = re.compile(r"\{([^}]*)\}")
 
@@ -81,7 +83,7 @@ def _event(event: Event) -> dict[str, Any]:
     return {
         "type": event.type,
         "reason": event.reason,
-        "message": event.message,
+        "message": symptoms.masked(event.message, _MESSAGE),
         "count": event.series.count if event.series else event.count or 1,
         "object": f"{about.kind}/{about.name}",
         "container": container[1] if container else "",
@@ -105,7 +107,7 @@ def _condition(condition: Condition) -> dict[str, str]:
         "type": condition.type,
         "status": condition.status,
         "reason": condition.reason,
-        "message": condition.message,
+        "message": symptoms.masked(condition.message, _MESSAGE),
     }
 
 

@@ -23,7 +23,12 @@ _POD_UID = re.compile(r"_[0-9a-f-]{36}\([0-9a-f-]{36}\)")
 
 
 def plain(text: str, limit: int = _LIMIT) -> str:
-    """On one line, without credentials, cut to `limit` bytes, and without a period at its end."""
+    """As `masked`, and without a period at its end."""
+    return masked(text, limit).rstrip(". ")
+
+
+def masked(text: str, limit: int = _LIMIT) -> str:
+    """On one line, without credentials, cut to `limit` bytes."""
     if not text:
         # By far the most: it is called for every container of every change of a pod.
         return ""
@@ -32,7 +37,7 @@ def plain(text: str, limit: int = _LIMIT) -> str:
     # Not printable: control characters, and marks that change the direction of what follows.
     if not text.isprintable():
         text = "".join(character if character.isprintable() else "�" for character in text)
-    return clean(text, limit).rstrip(". ")
+    return clean(text, limit)
 
 
 def quoted(text: str, limit: int = _LIMIT) -> str:
