@@ -112,11 +112,12 @@ async def import_provider(connection: Connection, image: str) -> None:
     log.info("imported", file=f"configs/{_FILE.name}", changes=[str(change) for change in changes])
 
 
-async def fit_image(pool: Pool, image: str) -> None:
+async def fit_image(pool: Pool, image: str, asked: asyncio.Event | None = None) -> None:
     """Have the machine config of the demonstration run `image`, or, when that is empty, what the nodes hold already.
 
     So it works without a registry, too. Waits for the cluster, however long that takes; returns when there is nothing
-    more to do. What somebody else has changed about the machine config stays as it is.
+    more to do. What somebody else has changed about the machine config stays as it is. `asked` is set when the cluster
+    has been tried once.
     """
     failures = 0
     while True:
@@ -125,6 +126,8 @@ async def fit_image(pool: Pool, image: str) -> None:
             return
         except _AWAY as error:
             failures += 1
+            if asked is not None:
+                asked.set()
             log.debug("the images of the nodes are not known yet", error=str(error) or type(error).__name__)
             await asyncio.sleep(backoff(failures, cap=_PATIENCE))
         except ClusterCodeError as error:

@@ -53,8 +53,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("dev")
 
-# Seconds that the cluster gets to say which images its nodes hold, before the server is said to be ready without.
-_FIT_DEADLINE = 3.0
+# Seconds that the cluster gets to say which images its nodes hold, before the server is said to be ready without; one
+# that refuses is not waited for.
+_FIT_DEADLINE = 15.0
 _CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -138,13 +139,20 @@ async def _main(env: Env, settings: Settings) -> None:
 @asynccontextmanager
 async def _fitted(pool: Pool, settings: DevSettings) -> AsyncIterator[None]:
     """Let what the demonstration runs on the cluster suit it, as soon as that can be found out."""
-    async with running(cluster.fit_image(pool, settings.kubernetes_demo_image), "image of the demonstration") as task:
-        task.add_done_callback(_tell_failure)
-        await asyncio.wait([task], timeout=_FIT_DEADLINE)
+    asked = asyncio.Event()
+    fitting = cluster.fit_image(pool, settings.kubernetes_demo_image, asked)
+    async with running(fitting, "image of the demonstration") as task:
+        task.add_done_callback(partial(_fitting_ended, asked))
+        try:
+            async with asyncio.timeout(_FIT_DEADLINE):
+                await asked.wait()
+        except TimeoutError:
+            log.info("the cluster takes long to answer", seconds=_FIT_DEADLINE)
         yield
 
 
-def _tell_failure(task: asyncio.Task[None]) -> None:
+def _fitting_ended(asked: asyncio.Event, task: asyncio.Task[None]) -> None:
+    asked.set()
     if not task.cancelled() and (error := task.exception()):
         log.error("task failed", task=task.get_name(), exc_info=error)
 

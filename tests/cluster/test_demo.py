@@ -22,7 +22,7 @@ from orchestrator.cluster.client import Cluster
 from orchestrator.cluster.objects import INSTANCE, Namespace
 from scripts import cluster as ours
 from tests.cluster.conftest import IMAGE
-from tests.integration.endtoend.server import Client, Server, command
+from tests.integration.endtoend.server import Client, Server, command, until
 from tests.proxy import TcpProxy
 
 # Pods come and go meanwhile, on a machine that may be busy.
@@ -74,6 +74,8 @@ def logged(server: Server, event: str) -> list[dict[str, Any]]:
 
 async def test_the_demonstration_ends_with_the_namespace_gone(server: Server, cluster: Cluster) -> None:
     await server.start()
+    # It need not have come to that yet, where the cluster is busy.
+    await until(lambda: bool(logged(server, "the demonstration's machine config runs")))
     (fitted,) = logged(server, "the demonstration's machine config runs")
     assert fitted["image"]
     process = await asyncio.create_subprocess_exec(
@@ -160,11 +162,11 @@ async def test_a_cluster_that_is_away_is_told_and_what_waits_for_it_goes_on_when
         assert session["status"] in ("pending", "starting")
 
         await proxy.resume()
-        session = await until(client, session["id"], "running")
+        session = await until_status(client, session["id"], "running")
         assert not session["stale"]
         await found("up")
         await client.call("DELETE", f"/sessions/{session['id']}")
-        await until(client, session["id"], "deleted")
+        await until_status(client, session["id"], "deleted")
         assert await ours.gone(cluster, project["uuid"])
         # Before the proxy goes, and with it what the server holds on to.
         mark = await instance(server)
@@ -176,7 +178,7 @@ async def workspace(client: Client) -> int:
     return (await client.call("GET", "/workspaces"))["items"][0]["id"]
 
 
-async def until(client: Client, session_id: int, status: str) -> dict[str, Any]:
+async def until_status(client: Client, session_id: int, status: str) -> dict[str, Any]:
     """The session once it has that status."""
     seen: dict[str, Any] = {}
     try:
