@@ -296,11 +296,15 @@ def refusal(message: str) -> Refusal:
             passing=True,
         )
     if found := _ACCOUNT.search(message):
-        return Refusal(
-            "ServiceAccountMissing",
-            f"The service account {plain(found[1] or found[2])} is not there;"
-            " correct `serviceAccountName` in the chart's values, or make it.",
+        name = plain(found[1] or found[2])
+        # Kubernetes makes this one in every namespace, after an outage of its own a while later.
+        by_itself = name == "default"
+        remedy = (
+            "Kubernetes makes it by itself, so wait, or have an operator look at its controllers."
+            if by_itself
+            else "correct `serviceAccountName` in the chart's values, or make it."
         )
+        return Refusal("ServiceAccountMissing", f"The service account {name} is not there; {remedy}", passing=by_itself)
     if found := _RBAC.search(message):
         return Refusal("Forbidden", _forbidden(found))
     if _TERMINATING.search(message):

@@ -1308,3 +1308,18 @@ def test_whatever_the_api_says_something_is_told(
     failure = api_failure(ApiRefused(status, reason, message), doing)
     assert str(failure).endswith(".")
     assert diagnose(Evidence(namespace, None), RULES, NOW).message.endswith(".")
+
+
+def test_the_account_that_kubernetes_makes_itself_is_waited_for() -> None:
+    """After an outage of the API its controllers take a while."""
+    recorded = json.loads(json.dumps(RECORDED["noserviceaccount"]).replace("nope", "default"))
+    evidence = evidence_of(recorded)
+    assert evidence.deployment is not None
+    since = evidence.deployment.status.conditions[-1].last_transition_time
+    assert since is not None
+    early, late = (diagnose(evidence, RULES, since + timedelta(seconds=seconds)) for seconds in (60, 180))
+    assert (early.state, late.state) == (State.STARTING, State.FAILED)
+    assert late.message == (
+        "The service account default is not there; Kubernetes makes it by itself, so wait, or have an operator look"
+        " at its controllers."
+    )
