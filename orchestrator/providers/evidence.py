@@ -44,8 +44,8 @@ class Rules:
 
 # Seconds that nothing may be heard of a node before its pods count as lost. After an outage of the API server every
 # node's last word is too old for Kubernetes, which marks all pods as not ready; a kubelet that is well says otherwise
-# when it next looks, every ten seconds.
-_SILENCE = 30.0
+# when it next looks at each, within a minute and a half. Kubernetes itself moves pods after five minutes.
+_SILENCE = 120.0
 
 
 def is_active(pod: Pod) -> bool:

@@ -990,8 +990,8 @@ def test_a_node_that_is_silent_for_a_moment_is_not_lost() -> None:
         conditions = [condition("ContainersReady", "True", ago=900), condition("Ready", "False", reason, ago=ago)]
         return seen(pod(ready, phase="Running", conditions=conditions))
 
-    assert silent(20).state is State.RUNNING
-    assert silent(60).state is State.STARTING
+    assert silent(90).state is State.RUNNING
+    assert silent(150).state is State.STARTING
     assert silent(3, "ReadinessGatesNotReady").state is State.STARTING
 
 
