@@ -18,6 +18,7 @@ from environs import Env, EnvError
 from orchestrator.errors import SettingsError
 
 _REQUIRED = dataclasses.MISSING
+_DOMAIN = re.compile(r"(?=.{1,200}\Z)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 T = TypeVar("T")
 # What to say of a value that an environs parser refuses.
 _REFUSALS = {"int": "is no whole number", "float": "is no number", "bool": "is neither true nor false"}
@@ -224,6 +225,91 @@ class OrchestratorSettings:
         help="Seconds that messages which nobody could use are listed.",
         check=positive,
     )
+
+
+def secrets_key() -> Any:
+    """A field that the edge, which encrypts what apps keep secret, and the workers, which decrypt it, both have."""
+    return variable(
+        "SECRETS_KEY",
+        "list",
+        [],
+        help="Key that apps' secrets are encrypted with, 32 bytes in base64 (`openssl rand -base64 32`); several,"
+        " comma-separated: the first encrypts, all decrypt. Empty: apps cannot have secrets.",
+        secret=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DeploySettings:
+    """How apps are built and run."""
+
+    # DOCKER_HOST is Docker's own; a setting of ours would be a second truth.
+    docker_host: str = variable(
+        "DOCKER_HOST",
+        "str",
+        "",
+        help="The Docker engine that builds and runs apps: unix:///path or tcp://host:port; empty: the local one.",
+    )
+    # Deployments worked on at the same time by one process; 0: none, others do.
+    concurrency: int = variable(
+        "DEPLOY_CONCURRENCY",
+        "int",
+        2,
+        help="Deployments that one orchestrator works on at once; 0: none.",
+        check=lambda value: None if value >= 0 else f"must not be negative, not {value}",
+    )
+    base_domain: str = variable(
+        "BASE_DOMAIN",
+        "str",
+        "localhost",
+        help="Apps answer at {name}.{BASE_DOMAIN}.",
+        check=lambda value: None if _DOMAIN.fullmatch(value) else f"must be a domain, not {value!r}",
+    )
+    network: str = variable("DEPLOY_NETWORK", "str", "cluster-code", help="Docker network of the apps and of Traefik.")
+    entrypoints: list[str] = variable(
+        "TRAEFIK_ENTRYPOINTS", "list", ["web"], help="Traefik entry points that apps are reached through."
+    )
+    cert_resolver: str = variable(
+        "TRAEFIK_CERT_RESOLVER", "str", "", help="Traefik certificate resolver of the apps' hosts; empty: no TLS."
+    )
+    # Which objects are ours: two installations that share an engine must differ here.
+    instance: str = variable(
+        "DEPLOY_INSTANCE", "str", "cluster-code", help="Marks what is this installation's at the Docker engine."
+    )
+    directory: Path = variable(
+        "DEPLOY_DIR", "path", Path("data/deployments"), help="Where repositories are cloned to, while they are built."
+    )
+    clone_deadline: float = variable(
+        "DEPLOY_CLONE_DEADLINE", "float", 300.0, help="Seconds that a clone may take.", check=positive
+    )
+    clone_bytes: int = variable(
+        "DEPLOY_CLONE_BYTES", "int", 1 << 30, help="Bytes that a clone may have at most.", check=positive
+    )
+    build_deadline: float = variable(
+        "DEPLOY_BUILD_DEADLINE", "float", 1800.0, help="Seconds that a build may take.", check=positive
+    )
+    build_memory: int = variable(
+        "DEPLOY_BUILD_MEMORY", "int", 4 << 30, help="Bytes of memory that a build may use.", check=positive
+    )
+    probe_deadline: float = variable(
+        "DEPLOY_PROBE_DEADLINE", "float", 120.0, help="Seconds that an app gets to become healthy.", check=positive
+    )
+    drain: float = variable(
+        "DEPLOY_DRAIN", "float", 10.0, help="Seconds that requests to a replaced container get to end.", check=positive
+    )
+    free_bytes: int = variable(
+        "DEPLOY_FREE_BYTES", "int", 2 << 30, help="Free bytes of the engine's disk that a build needs.", check=positive
+    )
+    log_bytes: int = variable(
+        "DEPLOY_LOG_BYTES", "int", 16 << 20, help="Bytes kept of the log of a deployment.", check=positive
+    )
+    # Seconds. A lease outlives three missed heartbeats; after it another worker goes on.
+    lease: float = variable(
+        "DEPLOY_LEASE", "float", 15.0, help="Seconds until another worker takes over a dead one's deployment.",
+        check=positive,
+    )  # fmt: skip
+    secrets_key: list[str] = secrets_key()
+    repo_schemes: list[str] = repo_schemes()
 
 
 def _port_or_off(value: str) -> str | None:

@@ -14,6 +14,7 @@ from orchestrator.log_setup import LogSettings
 from orchestrator.settings import (
     AmqpSettings,
     DatabaseSettings,
+    DeploySettings,
     OrchestratorSettings,
     ProbeSettings,
     Variable,
@@ -32,6 +33,7 @@ SECTIONS: tuple[tuple[str, type], ...] = (
     ("Event log", AmqpSettings),
     ("Orchestrator", OrchestratorSettings),
     ("Orchestrator", ProbeSettings),
+    ("Apps", DeploySettings),
     ("Logs", LogSettings),
     ("`cluster-code dev`", DevSettings),
 )
@@ -40,6 +42,7 @@ _STAND_INS = {
     "DATABASE_URL": "the embedded PostgreSQL, in `dev` and admin commands",
     "AMQP_URL": "the log in memory, in `dev`",
     "JWT_SECRET": "made and kept in DATA_DIR by `dev`",
+    "SECRETS_KEY": "made and kept in DATA_DIR by `dev`",
 }
 
 

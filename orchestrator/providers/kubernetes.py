@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import orjson
 import structlog
 
+from orchestrator.children import launch
 from orchestrator.cluster import access
 from orchestrator.cluster.client import Cluster, Page
 from orchestrator.cluster.helm import Helm
@@ -42,7 +43,6 @@ from orchestrator.cluster.objects import (
 )
 from orchestrator.errors import ApiRefused, ProviderFailure, ProviderUnavailable
 from orchestrator.machine_schema import SERVICES
-from orchestrator.providers import launch
 from orchestrator.providers.chart_values import values_of
 from orchestrator.providers.contract import (
     Endpoints,

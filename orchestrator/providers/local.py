@@ -15,8 +15,10 @@ from typing import Any
 
 import structlog
 
+from orchestrator import git
+from orchestrator.children.leaders import Leaders
+from orchestrator.children.processes import SERVICE, end
 from orchestrator.errors import ProviderFailure, ProviderUnavailable
-from orchestrator.providers import git
 from orchestrator.providers.changes import Changes
 from orchestrator.providers.contract import (
     Endpoints,
@@ -27,10 +29,8 @@ from orchestrator.providers.contract import (
     SessionSpec,
     State,
 )
-from orchestrator.providers.leaders import Leaders
 from orchestrator.providers.operations import Operations, finish, in_thread
 from orchestrator.providers.options import LocalOptions
-from orchestrator.providers.processes import SERVICE, end
 from orchestrator.providers.running import RunningSession, selection_of
 from orchestrator.providers.supervise import Ports
 from orchestrator.providers.workspace import Directory

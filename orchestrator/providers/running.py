@@ -11,15 +11,15 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+from orchestrator.children.launch import NOT_FOUND
+from orchestrator.children.leaders import Leaders
+from orchestrator.children.output import Capture, drain, open_pipe
+from orchestrator.children.processes import INSTANCE, SERVICE, SESSION, Limits, Selection, end, spawn
 from orchestrator.errors import ProviderFailure
 from orchestrator.machine_schema import errors_for_kind, flatten
 from orchestrator.providers.contract import Endpoints, LogLine, LogSink, Observation, SessionSpec, State
-from orchestrator.providers.launch import NOT_FOUND
-from orchestrator.providers.leaders import Leaders
 from orchestrator.providers.operations import finish, in_thread
 from orchestrator.providers.options import LocalOptions
-from orchestrator.providers.output import Capture, drain, open_pipe
-from orchestrator.providers.processes import INSTANCE, SERVICE, SESSION, Limits, Selection, end, spawn
 from orchestrator.providers.supervise import HOST, Definition, Phase, Ports, Service, define
 from orchestrator.providers.workspace import SessionFiles
 

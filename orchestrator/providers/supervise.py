@@ -23,13 +23,13 @@ from typing import Any
 import aiohttp
 import structlog
 
+from orchestrator.children.leaders import Leaders
+from orchestrator.children.output import Stream, Tail, drain, open_pipe
+from orchestrator.children.processes import Limits, Selection, end, ending, spawn
 from orchestrator.errors import ProviderFailure
 from orchestrator.providers.contract import Endpoint, LogLine, LogSink
-from orchestrator.providers.leaders import Leaders
 from orchestrator.providers.operations import in_thread
 from orchestrator.providers.options import LocalOptions
-from orchestrator.providers.output import Stream, Tail, drain, open_pipe
-from orchestrator.providers.processes import Limits, Selection, end, ending, spawn
 
 log = structlog.get_logger("provider.local")
 

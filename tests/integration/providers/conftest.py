@@ -17,9 +17,9 @@ from uuid import UUID
 import pytest
 import pytest_asyncio
 
+from orchestrator.children.processes import INSTANCE, Selection
 from orchestrator.providers.contract import Endpoint, LogLine, Machine, SessionRef, SessionSpec
 from orchestrator.providers.local import LocalProvider
-from orchestrator.providers.processes import INSTANCE, Selection
 from tests.conftest import no_task_left
 
 # A server that answers every GET with 200; its arguments are the port, and what it prints first.

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.children import launch
 from orchestrator.cluster.helm import Helm
 from orchestrator.errors import ProviderFailure, ProviderUnavailable
-from orchestrator.providers import launch
 from tests.integration.providers.conftest import until
 
 LAUNCHER = (sys.executable, "-I", "-S", launch.__file__, f"parent={os.getpid()}", "--")

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import uvloop
 
+from orchestrator.children.processes import Selection
 from orchestrator.errors import ProviderFailure, ProviderUnavailable
 from orchestrator.providers.contract import Observation, SessionRef, State
 from orchestrator.providers.local import LocalProvider
-from orchestrator.providers.processes import Selection
 from tests.integration.providers.conftest import (
     QUICK,
     SERVER,
@@ -587,8 +587,8 @@ async def test_a_process_that_does_not_end_is_told(
     asked = spec()
     await provider.start(asked, heard.report)
     with monkeypatch.context() as patched:
-        patched.setattr("orchestrator.providers.processes._KILL_DEADLINE", -1.0)
-        patched.setattr("orchestrator.providers.processes._signal", lambda processes, number: None)
+        patched.setattr("orchestrator.children.processes._KILL_DEADLINE", -1.0)
+        patched.setattr("orchestrator.children.processes._signal", lambda processes, number: None)
         with pytest.raises(ProviderUnavailable, match="does not end, even when killed"):
             await LocalProvider.stop(provider, asked.ref)
     await provider.stop(asked.ref)

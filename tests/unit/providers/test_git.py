@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import git
 from orchestrator.errors import ProviderFailure
-from orchestrator.providers import git
-from orchestrator.providers.git import Clone, Repository, check_branch, classify, parse
+from orchestrator.git import Clone, Repository, check_branch, classify, parse
 
 SCHEMES = ("https", "http", "ssh", "git")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.providers import output
-from orchestrator.providers.output import Budget, Capture, Splitter, Stream, Tail, drain, open_pipe, text
+from orchestrator.children import output
+from orchestrator.children.output import Budget, Capture, Splitter, Stream, Tail, drain, open_pipe, text
 
 
 def test_lines_are_cut_at_their_ends_however_the_bytes_come() -> None:

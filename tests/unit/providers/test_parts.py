@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.children import launch
+from orchestrator.children.processes import Limits, Selection, _options, ending
 from orchestrator.errors import ProviderUnavailable, SettingsError
-from orchestrator.providers import launch
 from orchestrator.providers.changes import Changes
 from orchestrator.providers.contract import LogLine, Observation, SessionRef, State
 from orchestrator.providers.kubernetes import KubernetesProvider
 from orchestrator.providers.local import LocalProvider
 from orchestrator.providers.operations import Operations, finish
 from orchestrator.providers.options import LocalOptions
-from orchestrator.providers.processes import Limits, Selection, _options, ending
 from orchestrator.providers.registry import open_provider
 from orchestrator.providers.supervise import HOST, Ports
 from orchestrator.providers.workspace import Directory, remove_tree

@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from orchestrator.children.output import Stream, drain, open_pipe
+from orchestrator.children.processes import Limits, Selection, end, ending, spawn
 from orchestrator.errors import ProviderFailure
-from orchestrator.providers.output import Stream, drain, open_pipe
-from orchestrator.providers.processes import Limits, Selection, end, ending, spawn
 
 # What of our own environment git needs to get through the operator's network.
 _NETWORK = (

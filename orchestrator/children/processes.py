@@ -21,8 +21,8 @@ from pathlib import Path
 import psutil
 import structlog
 
+from orchestrator.children import launch
 from orchestrator.errors import ProviderUnavailable
-from orchestrator.providers import launch
 
 log = structlog.get_logger("provider.local")
 

@@ -1,0 +1,1 @@
+"""The Docker Engine: the one client that everybody uses who runs or builds containers."""
