@@ -16,6 +16,7 @@ from orchestrator.log_setup import LogSettings
 from orchestrator.settings import (
     AmqpSettings,
     DatabaseSettings,
+    DeploySettings,
     OrchestratorSettings,
     ProbeSettings,
     environment,
@@ -132,7 +133,7 @@ def test_every_settings_class_is_in_the_reference() -> None:
     classes = {settings for _, settings in reference.SECTIONS}
     assert classes == {
         *(GatewaySettings, RealtimeSettings, TokenVariables, LogSettings),
-        *(AmqpSettings, DatabaseSettings, OrchestratorSettings, ProbeSettings, DevSettings),
+        *(AmqpSettings, DatabaseSettings, DeploySettings, OrchestratorSettings, ProbeSettings, DevSettings),
     }
     names = [entry.name for entry in reference.entries()]
     assert len(names) == len(set(names))
