@@ -8,6 +8,7 @@ The gateway turns each into a problem document, the admin commands into a line.
     ├── SchemaOutdated           the database lacks migrations; the process exits with 2
     ├── NotFound                 no such object, or the caller may not see it              404
     ├── Conflict                 the object is in a state that forbids the request         409
+    │   └── SecretsUnreadable    …since no key of SECRETS_KEY opens what it keeps secret
     ├── Invalid                  well-formed, but wrong in a way that only the domain knows  422
     └── Unavailable              something outside does not answer; try again later         503
         ├── LogUnavailable       the event log
@@ -55,6 +56,10 @@ class Conflict(ClusterCodeError):
     def __init__(self, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class SecretsUnreadable(Conflict):
+    """No key of ours opens what is kept encrypted."""
 
 
 class Invalid(ClusterCodeError):

@@ -36,6 +36,11 @@ SESSION_EVENT = "session.event"
 CLUSTER_DEPLOYMENT = "cluster.deployment"
 CLUSTER_NAMESPACE = "cluster.namespace"
 CLUSTER_INGRESS = "cluster.ingress"
+DEPLOYMENT_STATUS = "deployment.status"
+DEPLOYMENT_LOG = "deployment.log"
+APP_CREATED = "app.created"
+APP_UPDATED = "app.updated"
+APP_DELETED = "app.deleted"
 
 MAX_NAME_LENGTH = 200
 
@@ -90,3 +95,8 @@ def workspace_channel(workspace_id: int) -> str:
 def session_channel(session_id: int) -> str:
     """Where one session's status and output are published."""
     return f"session:{session_id}"
+
+
+def deployment_channel(deployment_id: int) -> str:
+    """Where one deployment's status and log are published."""
+    return f"deployment:{deployment_id}"

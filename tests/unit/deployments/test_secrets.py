@@ -1,0 +1,86 @@
+"""What apps keep secret, at rest."""
+
+from __future__ import annotations
+
+import base64
+import os
+
+import pytest
+
+from orchestrator.deployments.contract import AppSecrets
+from orchestrator.deployments.secrets import Keyring
+from orchestrator.errors import Invalid, SecretsUnreadable, SettingsError
+
+SECRETS = AppSecrets(env={"TOKEN": "s3cret-ünï"}, deploy_key="-----BEGIN", deploy_user="ann", deploy_token="t0ken")
+
+
+def _key() -> str:
+    return base64.b64encode(os.urandom(32)).decode()
+
+
+def test_secrets_come_back_and_are_not_to_be_seen_in_what_is_stored() -> None:
+    keys = Keyring([_key()])
+    sealed = keys.encrypt_secrets(SECRETS, 7)
+    assert sealed is not None
+    assert keys.decrypt_secrets(sealed, 7) == SECRETS
+    for value in ("s3cret", "BEGIN", "t0ken", "TOKEN"):
+        assert value.encode() not in sealed
+        assert value not in repr(keys.decrypt_secrets(sealed, 7))
+    assert keys.encrypt_secrets(SECRETS, 7) != sealed, "the same nonce twice"
+
+
+def test_no_secrets_need_no_key() -> None:
+    keys = Keyring([])
+    assert not keys
+    assert keys.encrypt_secrets(AppSecrets(), 7) is None
+    assert keys.decrypt_secrets(None, 7) == AppSecrets()
+    with pytest.raises(Invalid, match="SECRETS_KEY") as caught:
+        keys.encrypt_secrets(SECRETS, 7)
+    assert caught.value.field == "secrets"
+
+
+def test_secrets_moved_to_another_app_or_purpose_cannot_be_read() -> None:
+    keys = Keyring([_key()])
+    sealed = keys.encrypt_secrets(SECRETS, 7) or b""
+    with pytest.raises(SecretsUnreadable):
+        keys.decrypt_secrets(sealed, 8)
+    with pytest.raises(SecretsUnreadable):
+        keys.decrypt(sealed, app_id=7, purpose="hook")
+
+
+def test_the_first_key_encrypts_and_all_decrypt() -> None:
+    old, new = _key(), _key()
+    before = Keyring([old]).encrypt_secrets(SECRETS, 7)
+    both = Keyring([new, old])
+    assert both.decrypt_secrets(before, 7) == SECRETS
+    after = both.encrypt_secrets(SECRETS, 7)
+    assert Keyring([new]).decrypt_secrets(after, 7) == SECRETS
+    for keys, sealed in ((Keyring([new]), before), (Keyring([old]), after), (Keyring([]), before)):
+        with pytest.raises(SecretsUnreadable, match="SECRETS_KEY"):
+            keys.decrypt_secrets(sealed, 7)
+
+
+@pytest.mark.parametrize("place", [0, 1, 12, 13, -1])
+def test_what_was_changed_in_the_database_is_refused(place: int) -> None:
+    keys = Keyring([_key()])
+    sealed = bytearray(keys.encrypt_secrets(SECRETS, 7) or b"")
+    sealed[place] ^= 1
+    with pytest.raises(SecretsUnreadable):
+        keys.decrypt_secrets(bytes(sealed), 7)
+    for short in range(15):
+        with pytest.raises(SecretsUnreadable):
+            keys.decrypt_secrets(bytes(sealed[:short]), 7)
+
+
+def test_keys_are_taken_in_both_alphabets_with_or_without_padding() -> None:
+    raw = b"\xfb\xff" * 16
+    sealed = Keyring([base64.b64encode(raw).decode()]).encrypt_secrets(SECRETS, 7)
+    for text in (base64.urlsafe_b64encode(raw).decode(), base64.b64encode(raw).decode().rstrip("=")):
+        assert Keyring([f" {text}\n"]).decrypt_secrets(sealed, 7) == SECRETS
+
+
+@pytest.mark.parametrize("key", ["", "not-base64!", base64.b64encode(b"short").decode(), "ü" * 44])
+def test_a_wrong_key_stops_the_start_and_is_not_told(key: str) -> None:
+    with pytest.raises(SettingsError, match="key 2 is not 32 bytes in base64") as caught:
+        Keyring([_key(), key])
+    assert not key or key not in str(caught.value)
