@@ -17,8 +17,9 @@ from typing import Any, Protocol, TypeAlias
 
 import structlog
 
+from orchestrator import credentials
 from orchestrator.database import UNAVAILABLE, Pool, backoff
-from orchestrator.errors import ClusterCodeError, HeldElsewhere, ProviderUnavailable
+from orchestrator.errors import ClusterCodeError, HeldElsewhere, ProviderUnavailable, SettingsError
 from orchestrator.holds import Holds
 from orchestrator.providers.contract import IN_PROCESS, WATCHED, LogSink, Observation, Provider
 from orchestrator.sessions import leases
@@ -41,8 +42,18 @@ CLOSE_DEADLINE = 30.0
 class OpenProvider(Protocol):
     """Makes the provider of a row: `providers.registry.open_provider`, or a test's."""
 
-    def __call__(self, kind: str, name: str, options: Mapping[str, Any], *, data_dir: Path, sink: LogSink) -> Provider:
-        """Raises ClusterCodeError when the options do not make a provider."""
+    def __call__(
+        self,
+        kind: str,
+        name: str,
+        options: Mapping[str, Any],
+        *,
+        endpoint: str | None,
+        credentials: Mapping[str, str],
+        data_dir: Path,
+        sink: LogSink,
+    ) -> Provider:
+        """Raises ClusterCodeError when these do not make a provider. `credentials` are values, not references."""
         ...
 
 
@@ -56,7 +67,10 @@ OnObservation: TypeAlias = Callable[[int, Observation], Awaitable[None]]
 class _Config:
     name: str
     kind: str
+    endpoint: str | None
     options: Mapping[str, Any]
+    # References: what they stand for is read when the provider is opened.
+    credentials: Mapping[str, Any]
     enabled: bool
 
     @property
@@ -73,6 +87,8 @@ class _Member:
     """
 
     config: _Config
+    # What it was opened with. Never logged.
+    credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
     provider: Provider | None = None
     why: str = ""
     elsewhere: bool = False
@@ -170,14 +186,18 @@ class Fleet:
             if self._closed:
                 return
             async with self._pool.acquire() as connection:
-                rows = await connection.fetch("SELECT id, name, kind, options, enabled FROM providers ORDER BY id")
-            wanted = {row["id"]: _Config(row["name"], row["kind"], row["options"], row["enabled"]) for row in rows}
+                rows = await connection.fetch(
+                    "SELECT id, name, kind, endpoint, options, credentials, enabled FROM providers ORDER BY id"
+                )
+            wanted = {row["id"]: _Config(*list(row)[1:]) for row in rows}
+            found = await asyncio.to_thread(_resolved, wanted)
             changed = False
             for provider_id in [*self._members]:
                 member = self._members[provider_id]
                 config = wanted.get(provider_id)
-                # One that could not be opened may fare better now.
-                if config == member.config and (member.provider or member.elsewhere or not config.enabled):
+                # One that could not be opened may fare better now; credentials are renewed where they lie.
+                same = config == member.config and not _renewed(member, found.get(provider_id))
+                if same and (member.provider or member.elsewhere or not member.config.enabled):
                     continue
                 changed = changed or member.config != config
                 await self._discard(provider_id)
@@ -196,7 +216,7 @@ class Fleet:
                     why = f"Another orchestrator runs the provider {config.name!r}."
                     self._members[provider_id] = _Member(config, why=why, elsewhere=True)
                 else:
-                    self._members[provider_id] = self._open(provider_id, config)
+                    self._members[provider_id] = self._open(provider_id, config, found.get(provider_id, {}))
                     changed = True
         if changed:
             self._on_change()
@@ -260,14 +280,25 @@ class Fleet:
                     provider_id,
                 )
 
-    def _open(self, provider_id: int, config: _Config) -> _Member:
+    def _open(self, provider_id: int, config: _Config, found: Mapping[str, str] | SettingsError) -> _Member:
         member = _Member(config)
         if not config.enabled:
             member.why = f"The provider {config.name!r} is disabled."
             return member
+        if isinstance(found, SettingsError):
+            member.why = f"The provider {config.name!r} cannot be opened: {found}"
+            log.warning("provider lacks credentials", provider=config.name, error=str(found))
+            return member
+        member.credentials = found
         try:
             member.provider = self._open_provider(
-                config.kind, config.name, config.options, data_dir=self._data_dir, sink=self._sink
+                config.kind,
+                config.name,
+                config.options,
+                endpoint=config.endpoint,
+                credentials=found,
+                data_dir=self._data_dir,
+                sink=self._sink,
             )
         except Exception as error:
             reason = str(error) if isinstance(error, ClusterCodeError) else type(error).__name__
@@ -333,6 +364,23 @@ class Fleet:
                 failures += 1
                 log.warning("report waits", provider=name, error=str(error) or type(error).__name__, failures=failures)
                 await asyncio.sleep(backoff(failures))
+
+
+def _resolved(configs: Mapping[int, _Config]) -> dict[int, Mapping[str, str] | SettingsError]:
+    """The credentials of each provider that names any, or why they cannot be had. Blocks for the disk."""
+    found: dict[int, Mapping[str, str] | SettingsError] = {}
+    for provider_id, config in configs.items():
+        if config.enabled and config.credentials:
+            try:
+                found[provider_id] = credentials.resolve(config.credentials)
+            except SettingsError as error:
+                found[provider_id] = error
+    return found
+
+
+def _renewed(member: _Member, found: Mapping[str, str] | SettingsError | None) -> bool:
+    """Whether an open provider has old credentials. While new ones are missing, the old ones do."""
+    return member.provider is not None and isinstance(found, Mapping) and found != member.credentials
 
 
 async def _state(member: _Member) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
@@ -159,6 +160,55 @@ def _path(**options: Any) -> fields.String:
     return fields.String(validate=plain, **options)
 
 
+class _References(fields.Field[dict[str, dict[str, str]]]):
+    """Credentials: where each is to be found, never itself. What is wrong is not repeated: it may be the secret."""
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any
+    ) -> dict[str, dict[str, str]]:
+        if not isinstance(value, dict) or not all(isinstance(name, str) and not _not_text(name) for name in value):
+            raise ValidationError("must be a mapping of names")
+        wrong = {name: [_REFERENCE] for name, reference in value.items() if not _is_reference(reference)}
+        if wrong:
+            raise ValidationError(wrong)
+        return value
+
+
+_REFERENCE = "must be a reference, {env: NAME} or {file: /path}: a value itself is never kept"
+
+
+def _is_reference(value: Any) -> bool:
+    if not isinstance(value, dict) or len(value) != 1:
+        return False
+    ((kind, name),) = value.items()
+    if not isinstance(name, str) or _not_text(name):
+        return False
+    return bool(_ENV_NAME.match(name)) if kind == "env" else kind == "file" and name.startswith("/")
+
+
+class _Id(fields.Field[int]):
+    """The id of a row."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63:
+            raise ValidationError(f"must be an id, such as 7, not {value!r}")
+        return value
+
+
+class _User(_Id):
+    """The id of a user, or the address."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> Any:
+        if not isinstance(value, str):
+            return super()._deserialize(value, attr, data, **kwargs)
+        if "@" not in value or len(value) > 254 or _not_text(value):
+            raise ValidationError(f"must be the id or the e-mail address of a user, not {value!r}")
+        return value
+
+
+_few = validate.Length(max=1000)
+
+
 class LocalServiceSchema(Schema):
     """One process of a session of the local provider."""
 
@@ -207,8 +257,8 @@ def _words() -> fields.List[Any]:
     return fields.List(fields.String(validate=_text), validate=validate.Length(max=1000))
 
 
-def _amount(least: int, most: int) -> fields.Integer:
-    return fields.Integer(strict=True, validate=validate.Range(least, most))
+def _amount(least: int, most: int, **options: Any) -> fields.Integer:
+    return fields.Integer(strict=True, validate=validate.Range(least, most), **options)
 
 
 class KubernetesServiceSchema(Schema):
@@ -293,22 +343,92 @@ class ChartValuesSchema(Schema):
     services = fields.Nested(ChartServicesSchema)
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a kind of provider is reached. No `endpoint`: it has none. `credentials`: the names that it knows."""
+
+    endpoint: str | None
+    example: str
+    credentials: str
+    names: str
+
+    def wrong_endpoint(self, value: str) -> str | None:
+        """What is wrong with it; it is not repeated, since a URL may hold a password."""
+        if self.endpoint is None:
+            return f"is for other kinds: {self.example}"
+        return None if re.fullmatch(self.endpoint, value) else f"must be {self.example}"
+
+    def knows(self, name: str) -> bool:
+        return re.fullmatch(self.credentials, name) is not None
+
+
+_HOST = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)"
+_WAYS = {
+    "local": _Way(None, "this one is the orchestrator's own machine", r"(?!)", "a local provider takes no credentials"),
+    "docker": _Way(
+        rf"unix:///[!-~]+|tcp://{_HOST}:\d{{1,5}}",
+        "a Docker host such as unix:///var/run/docker.sock or tcp://docker.example.com:2376",
+        rf"ca|cert|key|{_HOST}(:\d{{1,5}})?",
+        "is no credential of a Docker provider: known are ca, cert and key, and registries by their host",
+    ),
+    "devpod": _Way(
+        r"(?!-)[!-~]{1,500}",
+        "one word: the host that DevPod's own provider gets",
+        r"[A-Za-z_][A-Za-z0-9_]*",
+        "is no credential of a DevPod provider: known are the options of DevPod's own provider, such as AWS_SECRET_KEY",
+    ),
+    "kubernetes": _Way(
+        rf"https://{_HOST}(:\d{{1,5}})?(/[!-~]*)?",
+        "the URL of an API server such as https://203.0.113.7:6443, without a password",
+        r"kubeconfig|token|certificate_authority",
+        "is no credential of a Kubernetes provider: known are kubeconfig, token and certificate_authority",
+    ),
+}
+
+
+def _wrong_way_in(provider: Mapping[str, Any]) -> dict[str, Any]:
+    """A cluster is reached in one way: by options, by a kubeconfig that is a credential, or by endpoint and token."""
+    given, options = provider["credentials"].keys(), provider["options"].keys()
+    own = sorted({"kubeconfig", "in_cluster"} & options)
+    if "kubeconfig" in given and (given > {"kubeconfig"} or provider["endpoint"] or own):
+        return {"credentials": ["a kubeconfig is the whole way in: no other credential, endpoint or option beside it"]}
+    if provider["endpoint"] and "token" not in given:
+        return {"endpoint": ["takes the credential `token`; without one, name a kubeconfig in the options"]}
+    if not provider["endpoint"] and given & {"token", "certificate_authority"}:
+        return {"endpoint": ["a token is for the API server that the endpoint names: name one"]}
+    if provider["endpoint"] and (others := sorted({"kubeconfig", "context", "in_cluster"} & options)):
+        return {"endpoint": [f"or the option {others[0]}: not both"]}
+    return {}
+
+
 class ProviderSchema(Schema):
     """An entry of `providers`."""
 
     name = fields.String(required=True, validate=_NAME)
     kind = fields.String(required=True, validate=validate.OneOf(KINDS, error="must be one of: {choices}"))
+    endpoint = fields.String(load_default=None, allow_none=True)
     options = _Json(load_default=dict)
+    credentials = _References(load_default=dict)
     enabled = fields.Boolean(load_default=True)
     default = fields.Boolean(load_default=False)
 
     @validates_schema
-    def _options_of_the_kind(self, data: dict[str, Any], **_: Any) -> None:
+    def _as_the_kind_has_it(self, data: dict[str, Any], **_: Any) -> None:
+        wrong: dict[str, Any] = {}
         schema = _PROVIDER_OPTIONS.get(data["kind"])
-        if schema is not None and (wrong := schema().validate(data["options"])):
-            raise ValidationError({"options": wrong})
+        if schema is not None and (options := schema().validate(data["options"])):
+            wrong["options"] = options
+        way = _WAYS[data["kind"]]
+        if data["endpoint"] is not None and (problem := way.wrong_endpoint(data["endpoint"])):
+            wrong["endpoint"] = [problem]
+        if credentials := {name: [way.names] for name in data["credentials"] if not way.knows(name)}:
+            wrong["credentials"] = credentials
+        if data["kind"] == "kubernetes" and not wrong:
+            wrong = _wrong_way_in(data)
         if data["default"] and not data["enabled"]:
-            raise ValidationError({"default": ["a provider that is not enabled cannot be the default"]})
+            wrong["default"] = ["a provider that is not enabled cannot be the default"]
+        if wrong:
+            raise ValidationError(wrong)
 
 
 class MachineConfigSchema(Schema):
@@ -322,6 +442,10 @@ class MachineConfigSchema(Schema):
     disk = _Bytes(load_default=None, allow_none=True)
     services = _Json(load_default=dict)
     options = _Json(load_default=dict)
+    # Who may use it; both empty: everybody.
+    users = fields.List(_User(), load_default=list, validate=_few)
+    workspaces = fields.List(_Id(), load_default=list, validate=_few)
+    max_sessions = _amount(1, 1_000_000, load_default=None, allow_none=True)
 
     @validates_schema
     def _known_services(self, data: dict[str, Any], **_: Any) -> None:

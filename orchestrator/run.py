@@ -70,6 +70,7 @@ class Orchestrator:
         self._alone = alone
         self._grace = grace
         self._work = Wakeup()
+        self._providers = Wakeup()
         self._outbox = Wakeup()
         self._dead_letters = Wakeup()
         self._upkeep = Wakeup()
@@ -137,7 +138,12 @@ class Orchestrator:
                 log.warning("going on with what a killed orchestrator was working on", sessions=count)
 
     def _roots(self) -> dict[str, Coroutine[Any, Any, None]]:
-        wakeups = {"sessions": self._work, "outbox": self._outbox, "dead_letters": self._dead_letters}
+        wakeups = {
+            "providers": self._providers,
+            "sessions": self._work,
+            "outbox": self._outbox,
+            "dead_letters": self._dead_letters,
+        }
         poll = self._settings.poll_interval
         roots: dict[str, Coroutine[Any, Any, None]] = {
             "listen": listen(self._database_settings, wakeups),
@@ -211,7 +217,7 @@ class Orchestrator:
     async def _look_after_providers(self) -> None:
         await self._fleet.refresh()
         await self._fleet.check()
-        await asyncio.sleep(fleet.CHECK_INTERVAL)
+        await self._providers.wait(fleet.CHECK_INTERVAL)
 
     async def _close(self) -> None:
         # Leases are renewed and results recorded while what is under way comes to its end.

@@ -130,8 +130,11 @@ LogSink = Callable[[LogLine], None]
 class Provider(Protocol):
     """A place where sessions run."""
 
-    async def check(self) -> None:
-        """Return when the provider can be used; raise ProviderUnavailable, saying why and what to do, when not."""
+    async def check(self) -> str:
+        """What answers there and in which version, in a few words, when the provider can be used.
+
+        Raises ProviderUnavailable, saying why and what to do, when it cannot.
+        """
         ...
 
     async def start(self, spec: SessionSpec, report: Report) -> Endpoints:

@@ -55,6 +55,7 @@ from orchestrator.providers.contract import (
 )
 from orchestrator.providers.diagnosis import Evidence, Rules, api_failure, crashed, diagnose
 from orchestrator.providers.endpoints import endpoints_of
+from orchestrator.providers.kubeconfig import PrivateKubeconfig
 from orchestrator.providers.namespaces import POLL_INTERVAL, Namespaces
 from orchestrator.providers.options import KubernetesOptions
 from orchestrator.providers.releases import Chart, Releases, find_chart
@@ -98,9 +99,15 @@ _NEEDED = (
 
 
 class KubernetesProvider:
-    """`Provider` by one cluster. `cluster` and `options` are the bridge's, too."""
+    """`Provider` by one cluster. `cluster` and `options` are the bridge's, too.
 
-    def __init__(self, name: str, options: KubernetesOptions) -> None:
+    `kubeconfig`: what one says, in place of the options' way in.
+    """
+
+    def __init__(self, name: str, options: KubernetesOptions, kubeconfig: str | None = None) -> None:
+        self._kubeconfig = PrivateKubeconfig(kubeconfig) if kubeconfig is not None else None
+        if self._kubeconfig is not None:
+            options = replace(options, kubeconfig=self._kubeconfig.path)
         self.options = options
         way_in = access.find(options.kubeconfig, options.context, options.in_cluster)
         self.cluster = Cluster(way_in, name=name, timeout=options.request_timeout)
@@ -126,11 +133,11 @@ class KubernetesProvider:
         self._idle.set()
         self._permitted_at: float | None = None
 
-    async def check(self) -> None:
+    async def check(self) -> str:
         """See `Provider`: the API answers, helm is there, and both may do what sessions need."""
         async with self._call("look at the cluster", 60.0):
-            await self.cluster.version()
-            await self._helm.check()
+            version = await self.cluster.version()
+            helm = await self._helm.check()
             try:
                 await self._chart({})
             except ProviderFailure as error:
@@ -138,6 +145,7 @@ class KubernetesProvider:
             if self._permitted_at is None or monotonic() > self._permitted_at + _PERMITTED_FOR:
                 await self._permissions()
                 self._permitted_at = monotonic()
+        return f"Kubernetes {version.git_version}, by Helm {helm[0]}.{helm[1]}"
 
     async def start(self, spec: SessionSpec, report: Report) -> Endpoints:
         """See `Provider`. Cancelling leaves what is there already; the next start goes on from it, a stop ends it."""
@@ -207,6 +215,8 @@ class KubernetesProvider:
                 timer.reschedule(asyncio.get_running_loop().time())
         await self._idle.wait()
         await self.cluster.close()
+        if self._kubeconfig is not None:
+            self._kubeconfig.close()
 
     @asynccontextmanager
     async def _call(self, doing: str, deadline: float) -> AsyncIterator[None]:

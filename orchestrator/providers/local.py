@@ -54,10 +54,11 @@ class LocalProvider:
         self._opened = False
         self._closing = False
 
-    async def check(self) -> None:
+    async def check(self) -> str:
         """See `Provider`. The first time, what a killed process has left running here is ended."""
         await self._open()
         self._directory.check()
+        return f"this machine, with sessions in {self._directory.path}"
 
     async def start(self, spec: SessionSpec, report: Report) -> Endpoints:
         """See `Provider`. A workspace that is there keeps what the user did to it. Cancelling ends what was started."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import SettingsError
+from orchestrator.providers import kubeconfig
 from orchestrator.providers.contract import LogSink, Provider
 from orchestrator.providers.local import LocalProvider
 from orchestrator.providers.options import KubernetesOptions, LocalOptions
@@ -17,12 +18,15 @@ def open_provider(
     name: str,
     options: Mapping[str, Any],
     *,
+    endpoint: str | None = None,
+    credentials: Mapping[str, str] | None = None,
     data_dir: Path,
     sink: LogSink,
     repo_schemes: Sequence[str] | None = None,
 ) -> Provider:
     """A provider that takes hold of its place at the first call (`check`, say) and is to be closed.
 
+    `endpoint` and `credentials` (values, as `orchestrator.credentials` finds them) are what its kind takes.
     `repo_schemes` are those of repositories, unless the provider's own options name others. Raises SettingsError,
     naming the provider, for wrong options and for a kind that this version cannot run.
     """
@@ -33,7 +37,8 @@ def open_provider(
         # Its client is large, and who has no cluster shall not pay for it.
         from orchestrator.providers.kubernetes import KubernetesProvider
 
-        return KubernetesProvider(name, KubernetesOptions.load(options, provider=name))
+        way_in = kubeconfig.text(endpoint, credentials or {})
+        return KubernetesProvider(name, KubernetesOptions.load(options, provider=name), way_in)
     raise SettingsError(
         f"The provider {name!r} is of the kind {kind!r}, which this version cannot run:"
         " known are 'local' and 'kubernetes'."

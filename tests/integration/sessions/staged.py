@@ -36,19 +36,32 @@ class World:
         # Steps about one session that two callers worked on at once.
         self.overlaps: list[tuple[str, int]] = []
         self.opened: list[tuple[str, Mapping[str, Any]]] = []
+        # What each was last opened with.
+        self.credentials: dict[str, Mapping[str, str]] = {}
         self.closed: list[str] = []
         self.down: str | None = None
         self._busy: Counter[int] = Counter()
         self._watchers: set[asyncio.Queue[tuple[SessionRef, Observation]]] = set()
         self.sinks: list[LogSink] = []
 
-    def open(self, kind: str, name: str, options: Mapping[str, Any], *, data_dir: Path, sink: LogSink) -> Staged:
+    def open(
+        self,
+        kind: str,
+        name: str,
+        options: Mapping[str, Any],
+        *,
+        endpoint: str | None,
+        credentials: Mapping[str, str],
+        data_dir: Path,
+        sink: LogSink,
+    ) -> Staged:
         """An `OpenProvider`."""
         if "broken" in options:
             raise ProviderUnavailable("The options are broken.")
         if "bug" in options:
             raise KeyError("secret")
         self.opened.append((name, options))
+        self.credentials[name] = credentials
         self.sinks.append(sink)
         return Staged(self, name, sink)
 
