@@ -16,6 +16,8 @@ The gateway turns each into a problem document, the admin commands into a line.
     ProviderFailure              the provider did answer: this session cannot run, and why
     └── RolledBack               …but what ran before runs again (`providers.contract`)
     ApiRefused                   the Kubernetes API did answer, and refuses one request
+    EngineRefused                the Docker engine did answer, and refuses one request
+    └── ImagePullFailed          …since an image cannot be pulled, and why
 
 Errors of identity live beside it, in `auth.errors`. Every message is a sentence for the person who will read it: what
 was wrong, where, and what to do. None ever holds a secret.
@@ -126,3 +128,22 @@ class ApiRefused(ClusterCodeError):
         self.reason = reason
         self.retry_after = retry_after
         self.details = details or {}
+
+
+class EngineRefused(ClusterCodeError):
+    """A Docker engine answered a request with an error: `status` is HTTP's, the message the engine's."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ImagePullFailed(EngineRefused):
+    """An image cannot be pulled. The message is for the user, and so is `reason`, a CamelCase word for programs:
+
+    `ImageNotFound`, `RegistryUnauthorized` or `RegistryUnreachable`.
+    """
+
+    def __init__(self, reason: str, message: str, *, status: int = 500) -> None:
+        super().__init__(status, message)
+        self.reason = reason
