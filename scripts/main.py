@@ -134,10 +134,11 @@ def demo(
     """
     from scripts.demo import Options
     from scripts.demo import main as run_demo
+    from scripts.demo_client import Account
 
     if email and password is None:
         password = click.prompt("Password", hide_input=True)
-    sys.exit(run_demo(_env(), Options(url, repo, branch, email, password, provider, machine_config, deadline)))
+    sys.exit(run_demo(_env(), Options(Account(email, password), url, repo, branch, provider, machine_config, deadline)))
 
 
 @cli.command()
