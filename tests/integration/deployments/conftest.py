@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import asyncpg
+import orjson
 import pytest_asyncio
 
 from auth import accounts
 from orchestrator.database import Pool
+from orchestrator.deployments import apps, queue
+from orchestrator.deployments.apps import App
+from orchestrator.deployments.contract import AppSecrets, AppSettings
+from orchestrator.deployments.record import Deployment
+from orchestrator.deployments.secrets import Keyring
+
+KEYS = Keyring(["k" * 42 + "A"])
 
 
 @dataclass(frozen=True)
 class Place:
     """A user and the workspace that is theirs."""
 
+    pool: Pool
     user_id: int
     workspace_id: int
+
+    async def app(self, name: str = "shop", secrets: AppSecrets | None = None, **settings: Any) -> App:
+        """An app without deployments."""
+        async with self.pool.acquire() as connection, connection.transaction():
+            app, _ = await apps.create(
+                connection, KEYS, workspace_id=self.workspace_id, created_by=self.user_id, name=name,
+                repo_url="https://git.test/shop", branch=None, auto_deploy=True,
+                settings=replace(AppSettings(), **settings), secrets=secrets or AppSecrets(),
+            )  # fmt: skip
+        return app
+
+    async def enqueue(self, app: App, **options: Any) -> Deployment:
+        """A deployment of it, which waits."""
+        async with self.pool.acquire() as connection, connection.transaction():
+            return await queue.enqueue(connection, app.id, **{"cause": "manual", "user_id": self.user_id, **options})
+
+    async def set(self, deployment: Deployment, **columns: Any) -> None:
+        """Do to the row what a worker would."""
+        names = ", ".join(f"{name} = ${place}" for place, name in enumerate(columns, start=2))
+        async with self.pool.acquire() as connection:
+            statement = f"UPDATE deployments SET {names} WHERE id = $1"  # noqa: S608  Our own names.
+            await connection.execute(statement, deployment.id, *columns.values())
+
+    async def told(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """What was told since the last look: event type, channel, data."""
+        async with self.pool.acquire() as connection:
+            return await told(connection)
+
+
+async def told(connection: asyncpg.Connection) -> list[tuple[str, str, dict[str, Any]]]:
+    """The same, within a transaction."""
+    rows = await connection.fetch("DELETE FROM outbox RETURNING id, event_type, channel, data::text AS data")
+    rows.sort(key=lambda row: row["id"])
+    return [(row["event_type"], row["channel"], orjson.loads(row["data"])) for row in rows]
 
 
 @pytest_asyncio.fixture
@@ -24,4 +69,4 @@ async def place(pool: Pool) -> Place:
     async with pool.acquire() as connection:
         user = await accounts.register(connection, "ann@example.test", None, "Ann")
         workspace = await connection.fetchval("SELECT id FROM workspaces WHERE personal_user_id = $1", user.id)
-    return Place(user.id, workspace)
+    return Place(pool, user.id, workspace)
