@@ -18,9 +18,10 @@ import structlog
 
 import migrations
 from orchestrator.database import Pool, open_pool
+from orchestrator.docker.engine import Engine
 from orchestrator.settings import DatabaseSettings
 from scripts.embedded import EmbeddedPostgres
-from tests import rabbitmq
+from tests import docker, rabbitmq
 
 # Tests need speed, not the survival of a power cut.
 _FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "100"}
@@ -177,3 +178,53 @@ async def broker(_own_broker: rabbitmq.Broker) -> rabbitmq.Broker:
     if not _own_broker.running:
         await _own_broker.start()
     return _own_broker
+
+
+def no_docker(error: docker.NoDocker) -> NoReturn:
+    """Skip the test; fail it where everything must be there."""
+    if os.environ.get("CI"):
+        pytest.fail(str(error), pytrace=False)
+    pytest.skip(str(error))
+
+
+@pytest_asyncio.fixture
+async def engine() -> AsyncIterator[Engine]:
+    """The Docker engine that all tests share, and other things, too."""
+    try:
+        engine = await docker.find()
+    except docker.NoDocker as error:
+        no_docker(error)
+    yield engine
+    await engine.close()
+
+
+@pytest_asyncio.fixture
+async def owned(engine: Engine) -> AsyncIterator[docker.Owned]:
+    """The mark of what this test makes at the engine; what has it goes with the test."""
+    owned = docker.Owned(engine, f"test-{os.getpid()}-{next(_numbers)}")
+    yield owned
+    await owned.remove()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def busybox() -> AsyncIterator[str]:
+    """The name of an image with a shell, `httpd` and `nc`, at the engine that all tests share."""
+    try:
+        engine = await docker.find()
+        async with engine:
+            name = await docker.make_busybox(engine, f"cluster-code-tests-busybox:{os.getpid()}")
+            yield name
+            await engine.images.remove(name, force=True)
+    except docker.NoDocker as error:
+        no_docker(error)
+
+
+@pytest_asyncio.fixture
+async def dockerd() -> AsyncIterator[docker.Daemon]:
+    """A Docker engine of this test's own, without network, to be killed and frozen."""
+    try:
+        daemon = docker.Daemon()
+    except docker.NoDocker as error:
+        no_docker(error)
+    async with daemon:
+        yield daemon
