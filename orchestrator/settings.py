@@ -239,6 +239,10 @@ def secrets_key() -> Any:
     )
 
 
+def _image(value: str) -> str | None:
+    return None if re.fullmatch(r"[\w./:@-]+", value, re.ASCII) else f"must be the name of an image, not {value!r}"
+
+
 @dataclass(frozen=True, slots=True)
 class DeploySettings:
     """How apps are built and run."""
@@ -284,6 +288,28 @@ class DeploySettings:
     )
     clone_bytes: int = variable(
         "DEPLOY_CLONE_BYTES", "int", 1 << 30, help="Bytes that a clone may have at most.", check=positive
+    )
+    # What projects without a Dockerfile are built on; a mirror's, where Docker's own registry is not to be asked.
+    static_image: str = variable(
+        "DEPLOY_STATIC_IMAGE",
+        "str",
+        "docker.io/library/busybox:1.37",
+        help="Image, with busybox's `httpd`, that static sites without a Dockerfile are built on.",
+        check=_image,
+    )
+    python_image: str = variable(
+        "DEPLOY_PYTHON_IMAGE",
+        "str",
+        "docker.io/library/python:3.13-slim",
+        help="Image that Python projects without a Dockerfile are built on.",
+        check=_image,
+    )
+    node_image: str = variable(
+        "DEPLOY_NODE_IMAGE",
+        "str",
+        "docker.io/library/node:24-slim",
+        help="Image that Node projects without a Dockerfile are built on.",
+        check=_image,
     )
     build_deadline: float = variable(
         "DEPLOY_BUILD_DEADLINE", "float", 1800.0, help="Seconds that a build may take.", check=positive
