@@ -6,22 +6,27 @@ BIN := .venv/bin
 ARGS ?=
 # Where the demonstration's session runs: make demo PROVIDER=kubernetes
 PROVIDER ?=
+# The Traefik that `make demo-deploy` looks through; empty: one of its own.
+FRONT ?=
 # Sessions on a cluster come and go by helm: one of our own, where there is a cluster and none is installed.
 HELM := $(if $(KUBECONFIG),$(if $(shell command -v helm 2>/dev/null),,.venv/helm.stamp))
 # Tests that run at the same time: more than there are cores, since most of them wait more than they compute.
 WORKERS ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test check bench clean
+.PHONY: help run demo demo-deploy test check bench clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: .venv/run.stamp $(HELM) ## Run everything on http://127.0.0.1:8080; Ctrl-C ends it (PORT=, DATA_DIR=, KUBECONFIG=, …)
 	@exec $(BIN)/cluster-code dev
 
 demo: .venv/run.stamp ## Watch a session come and go on the running server (REPO=URL of yours, PROVIDER=kubernetes)
 	@exec $(BIN)/cluster-code demo $(if $(PROVIDER),--provider '$(PROVIDER)')
+
+demo-deploy: .venv/run.stamp ## Watch an app deployed from Git by the running server: it takes Docker (FRONT=URL of a Traefik of yours)
+	@exec $(BIN)/cluster-code demo-deploy $(if $(FRONT),--front '$(FRONT)')
 
 test: .venv/test.stamp ## Run all tests, with coverage (ARGS= for pytest)
 	@rm -f .coverage .coverage.*

@@ -105,9 +105,9 @@ class Demo:
     async def _repository(self, stack: AsyncExitStack) -> Repository:
         self._client.next("finding a repository")
         if self._options.repo:
-            return Repository(self._options.repo, "")
+            return Repository(self._options.repo)
         page = f"<!doctype html><title>Demo</title><h1>It runs</h1><p>{secrets.token_hex(16)}</p>\n"
-        repository = await stack.enter_async_context(served(page))
+        repository = await stack.enter_async_context(served({"index.html": page}))
         self._client.say(f"made a small repository, served at {repository.url}")
         return repository
 
@@ -211,9 +211,7 @@ class Demo:
         """Show that the cluster has it no more, where it is ours to ask. Raises DemoFailed when it still has."""
         self._client.next("looking for the namespace")
         if not cluster.configured():
-            self._client.say(
-                f"the namespace {namespace} is gone, says the server; with KUBECONFIG it is asked"
-            )
+            self._client.say(f"the namespace {namespace} is gone, says the server; with KUBECONFIG it is asked")
             return
         try:
             async with cluster.reached() as own:

@@ -9,12 +9,14 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import ClusterCodeError
+
+_AUTHOR = ("-c", "user.name=Cluster Code", "-c", "user.email=demo@localhost", "-c", "commit.gpgsign=false")
 
 
 class DemoFailed(ClusterCodeError):
@@ -23,32 +25,48 @@ class DemoFailed(ClusterCodeError):
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """Where the repository is cloned from, and what its `index.html` says."""
+    """Where the repository is cloned from, and the folder that it is in; None: somebody else's."""
 
     url: str
-    page: str
+    folder: Path | None = None
+
+    @property
+    def page(self) -> str:
+        """What its `index.html` says; "" of somebody else's."""
+        return (self.folder / "index.html").read_text() if self.folder else ""
+
+    async def commit(self, files: Mapping[str, str], message: str) -> str:
+        """Add a commit with these files, by name, to the branch `main`; its id. Raises DemoFailed."""
+        if self.folder is None:
+            raise DemoFailed("the repository is not ours to change")
+        for name, text in files.items():
+            (self.folder / name).write_text(text)
+        await _git(self.folder, "add", "--", *files)
+        await _git(self.folder, *_AUTHOR, "commit", "--quiet", "--message", message)
+        return (await _git(self.folder, "rev-parse", "HEAD")).strip()
 
 
 @asynccontextmanager
-async def served(page: str) -> AsyncIterator[Repository]:
-    """A repository with `page` as its index.html, behind `git daemon` on 127.0.0.1. Raises DemoFailed."""
+async def served(files: Mapping[str, str], message: str = "A page to look at") -> AsyncIterator[Repository]:
+    """A repository with a commit of these files, by name, behind `git daemon` on 127.0.0.1. Raises DemoFailed."""
     with tempfile.TemporaryDirectory(prefix="cluster-code-demo-") as folder:
         base = Path(folder)
         (base / "demo").mkdir()
-        (base / "demo" / "index.html").write_text(page)
-        await _make(base / "demo")
+        await _git(base / "demo", "init", "--quiet", "--initial-branch=main")
+        port = free_port()
+        repository = Repository(f"git://127.0.0.1:{port}/demo", base / "demo")
+        await repository.commit(files, message)
         # Not through `git daemon`, which would start it as a child that outlives a killed parent.
         program = (await _git(base, "--exec-path")).strip() + "/git-daemon"
-        port = _free_port()
         with (base / "daemon.log").open("wb") as output:
             daemon = await asyncio.create_subprocess_exec(
-                *_dies_with_us(), program, "--reuseaddr", "--export-all", "--informative-errors",
+                *dies_with_us(), program, "--reuseaddr", "--export-all", "--informative-errors",
                 "--listen=127.0.0.1", f"--port={port}", f"--base-path={base}", str(base),
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
         try:
             await _until_it_answers(daemon, port, base / "daemon.log")
-            yield Repository(f"git://127.0.0.1:{port}/demo", page)
+            yield repository
         finally:
             await _end(daemon)
 
@@ -63,16 +81,6 @@ async def _end(daemon: asyncio.subprocess.Process) -> None:
     except TimeoutError:
         os.killpg(daemon.pid, signal.SIGKILL)
         await daemon.wait()
-
-
-async def _make(folder: Path) -> None:
-    who = ["-c", "user.name=Cluster Code", "-c", "user.email=demo@localhost", "-c", "commit.gpgsign=false"]
-    for arguments in (
-        ["init", "--quiet", "--initial-branch=main"],
-        ["add", "index.html"],
-        [*who, "commit", "--quiet", "--message", "A page to look at"],
-    ):
-        await _git(folder, *arguments)
 
 
 async def _git(folder: Path, *arguments: str) -> str:
@@ -110,11 +118,13 @@ def _said(output: Path) -> str:
     return output.read_text(errors="replace").strip() or "it said nothing"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody had a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _dies_with_us() -> list[str]:
+def dies_with_us() -> list[str]:
+    """What a command begins with so that it ends with us, where that can be had."""
     return ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []

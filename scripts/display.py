@@ -8,7 +8,9 @@ from typing import Any
 import orjson
 from rich.text import Text
 
-_STYLES = {"running": "bold green", "error": "bold red", "deleted": "bold magenta"}
+_STYLES = {
+    "running": "bold green", "live": "bold green", "error": "bold red", "failed": "bold red", "deleted": "bold magenta"
+}  # fmt: skip
 _CHANGES = {"added": ("+", "green"), "modified": ("~", "yellow"), "deleted": ("-", "red")}
 _PHASES = {"Running": "green", "Active": "green", "Succeeded": "green", "Failed": "bold red"}
 # Of containers that wait: reasons that nobody needs to look into.
@@ -36,6 +38,25 @@ def _status(data: dict[str, Any]) -> Text:
 
 def _log(data: dict[str, Any]) -> Text:
     return Text(data["line"], style="red" if data["stream"] == "stderr" else "")
+
+
+def _deployed(data: dict[str, Any]) -> Text:
+    said = " ".join(filter(None, (data["reason"], data["message"])))
+    text = Text.assemble((f"{data['status']:<9} ", _STYLES.get(data["status"], "yellow")))
+    for step in data["steps"]:
+        text.append(f"{step['name']} ", style="red" if step["status"] in ("failed", "cancelled") else "")
+        text.append("… " if step["seconds"] is None else f"{step['seconds']:.1f} s ", style="dim")
+    return text.append(said)
+
+
+def _output(data: dict[str, Any]) -> Text:
+    """Of a piece of output each line under the other, in the colours that its program gave it."""
+    lines = Text.from_ansi(data["text"].rstrip("\n")).split("\n")
+    return Text("\n" + " " * 40).join(Text(f"{data['step']:<6} ", style="dim").append_text(line) for line in lines)
+
+
+def _app(data: dict[str, Any]) -> Text:
+    return Text.assemble((data["name"], "bold"), f" {data['url']} {data['message']}")
 
 
 def _head(data: dict[str, Any], name: str) -> Text:
@@ -106,6 +127,11 @@ _KINDS: dict[str, Callable[[dict[str, Any]], Text]] = {
     "session.status": _status,
     "session.log": _log,
     "session.pod": _pod,
+    "deployment.status": _deployed,
+    "deployment.log": _output,
+    "app.created": _app,
+    "app.updated": _app,
+    "app.deleted": _app,
     "session.event": _event,
     "cluster.deployment": _deployment,
     "cluster.namespace": _namespace,

@@ -141,6 +141,34 @@ def demo(
     sys.exit(run_demo(_env(), Options(Account(email, password), url, repo, branch, provider, machine_config, deadline)))
 
 
+@cli.command("demo-deploy")
+@click.option("--url", help="The server; by default the `cluster-code dev` that runs on DATA_DIR.")
+@click.option("--front", help="A Traefik that follows the server's Docker engine; by default one is started for this.")
+@click.option("--image", envvar="DOCKER_DEMO_IMAGE", help="What the app stands on: an image with busybox.")
+@click.option("--email", help="An account to sign in with; by default a throw-away one is registered.")
+@click.option("--password", envvar="DEMO_PASSWORD", hidden=True)
+@click.option("--deadline", type=click.FloatRange(min=1), help="Seconds for all of it; by default 300.")
+def demo_deploy(
+    url: str | None,
+    front: str | None,
+    image: str | None,
+    email: str | None,
+    password: str | None,
+    deadline: float | None,
+) -> None:
+    """See an app deployed from Git: built, run behind Traefik, a broken commit survived, rolled back, removed.
+
+    The password of --email is read from DEMO_PASSWORD or asked for.
+    """
+    from scripts.demo_client import Account
+    from scripts.demo_deploy import Options
+    from scripts.demo_deploy import main as run_demo
+
+    if email and password is None:
+        password = click.prompt("Password", hide_input=True)
+    sys.exit(run_demo(_env(), Options(Account(email, password), url, front, image, deadline)))
+
+
 @cli.command()
 @click.argument("channels", metavar="[CHANNEL]...", nargs=-1)
 @click.option("--json", "json_", is_flag=True, help="One event per line, as JSON, for programs.")
@@ -249,19 +277,49 @@ def provider() -> None:
 @provider.command("add")
 @click.argument("name")
 @click.option("--kind", type=click.Choice(["local", "docker", "devpod", "kubernetes"]), required=True)
+@click.option("--endpoint", help="Where it is; by default what the orchestrator's own machine leads to.")
 @click.option(
     "--option", "pairs", metavar="KEY=VALUE", multiple=True, help="An option of the provider; may be repeated."
 )
+@click.option(
+    "--credential",
+    "references",
+    metavar="NAME=env:VARIABLE|file:PATH",
+    multiple=True,
+    help="Where orchestrators find a credential; may be repeated. Values are never kept.",
+)
 @click.option("--default", is_flag=True, help="Sessions that name no provider get this one.")
-def provider_add(name: str, kind: str, pairs: tuple[str, ...], default: bool) -> None:
-    """Add a provider."""
+@click.option("--disabled", is_flag=True, help="It takes no sessions yet.")
+def provider_add(
+    name: str,
+    kind: str,
+    endpoint: str | None,
+    pairs: tuple[str, ...],
+    references: tuple[str, ...],
+    default: bool,
+    disabled: bool,
+) -> None:
+    """Add a provider. Orchestrators open it within a second."""
     from scripts import machines
 
     try:
         options = machines.options(pairs)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--option") from error
-    _run(machines.add, name, kind, options, default=default)
+    try:
+        credentials = machines.references(references)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--credential") from error
+    given = {
+        "name": name,
+        "kind": kind,
+        "endpoint": endpoint,
+        "options": options,
+        "credentials": credentials,
+        "enabled": not disabled,
+        "default": default,
+    }
+    _run(machines.add, given)
     click.echo(f"provider {name}: added")
 
 
@@ -272,9 +330,11 @@ def provider_list() -> None:
 
     from scripts import machines
 
-    table = Table("Name", "Kind", "Default", "Enabled", "State", "Message", highlight=False)
+    table = Table("Name", "Kind", "Endpoint", "Default", "Enabled", "State", "Message", highlight=False)
     for row in _run(machines.providers):
-        table.add_row(row.name, row.kind, _yes(row.is_default), _yes(row.enabled), row.state, row.message)
+        where = _harmless(row.endpoint or "")
+        told = _harmless(row.message)
+        table.add_row(row.name, row.kind, where, _yes(row.is_default), _yes(row.enabled), row.state, told)
     _print_table(table)
 
 
@@ -286,6 +346,18 @@ def provider_remove(name: str) -> None:
 
     _run(machines.remove, name)
     click.echo(f"provider {name}: removed")
+
+
+@provider.command("test")
+@click.argument("name")
+def provider_test(name: str) -> None:
+    """Reach for a provider now, from here, and say what answers; exits with 1, and says why, when it cannot be used.
+
+    Its credentials are read from this command's own environment and disk: run it as the orchestrator runs.
+    """
+    from scripts import machines
+
+    click.echo(f"provider {name}: {_run(machines.test, name)}")
 
 
 @cli.group()

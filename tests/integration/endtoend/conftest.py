@@ -71,5 +71,5 @@ async def client(http: aiohttp.ClientSession, server: Server) -> Client:
 
 @pytest_asyncio.fixture
 async def repository() -> AsyncIterator[Repository]:
-    async with served("<h1>A page of the test</h1>") as repository:
+    async with served({"index.html": "<h1>A page of the test</h1>"}) as repository:
         yield repository

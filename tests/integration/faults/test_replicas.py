@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from auth.permissions import Identity
-from orchestrator import machines
+from orchestrator import machine_import
 from scripts.demo_repository import Repository, served
 from tests.integration.faults.stage import Gateway, Stage
 from tests.integration.faults.viewer import PATIENCE, Viewer
@@ -29,7 +29,7 @@ HASTE = {"ORCHESTRATOR_LEASE": "3", "ORCHESTRATOR_POLL_INTERVAL": "0.5", "ORCHES
 
 @pytest_asyncio.fixture
 async def repository() -> AsyncIterator[Repository]:
-    async with served("<h1>A page of the replicas</h1>") as repository:
+    async with served({"index.html": "<h1>A page of the replicas</h1>"}) as repository:
         yield repository
 
 
@@ -83,7 +83,7 @@ async def test_a_session_comes_and_goes_while_any_replica_is_killed(
 ) -> None:
     async with stage.pool.acquire() as connection:
         for name in ("providers.yaml", "machine-configs.yaml"):
-            await machines.apply(connection, machines.read_file(CONFIGS / name))
+            await machine_import.apply(connection, machine_import.read_file(CONFIGS / name))
     replicas = [stage.process(name, **HASTE) for name in ("gateway", "gateway", "orchestrator", "orchestrator")]
     gateways = replicas[:2]
     for process in replicas:

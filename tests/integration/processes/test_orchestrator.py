@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from auth import accounts, projects
-from orchestrator import machines
+from orchestrator import machine_import
 from orchestrator.database import Pool
 from orchestrator.sessions import store
 from scripts.demo_repository import served
@@ -76,9 +76,12 @@ class Sessions:
 
 @pytest_asyncio.fixture
 async def sessions(pool: Pool) -> AsyncIterator[Sessions]:
-    async with served("<h1>A page of the orchestrators</h1>") as repository, pool.acquire() as connection:
+    async with (
+        served({"index.html": "<h1>A page of the orchestrators</h1>"}) as repository,
+        pool.acquire() as connection,
+    ):
         for name in ("providers.yaml", "machine-configs.yaml"):
-            await machines.apply(connection, machines.read_file(ROOT / "configs" / name))
+            await machine_import.apply(connection, machine_import.read_file(ROOT / "configs" / name))
         user = await accounts.register(connection, "a@example.org", None, "A")
         workspace = await connection.fetchval("SELECT id FROM workspaces")
         yield Sessions(pool, repository.url, user.id, workspace)
