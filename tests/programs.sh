@@ -28,8 +28,8 @@ fetch() {
 
 # build NAME VERSION FOLDER PACKAGE LDFLAGS
 build() {
-    (cd "$scratch/$3" && go build -gcflags='all=-N -l' -ldflags="-s -w $5" -o "$scratch/$1" "$4")
-    mv "$scratch/$1" "$kept/$1-$2"
+    (cd "$scratch/$3" && go build -gcflags='all=-N -l' -ldflags="-s -w $5" -o "$scratch/program" "$4")
+    mv "$scratch/program" "$kept/$1-$2"
 }
 
 if [ ! -x "$kept/traefik-$TRAEFIK" ]; then
