@@ -221,7 +221,7 @@ async def busybox() -> AsyncIterator[str]:
 
 @pytest_asyncio.fixture
 async def dockerd() -> AsyncIterator[docker.Daemon]:
-    """A Docker engine of this test's own, without network, to be killed and frozen."""
+    """A Docker engine of this test's own, in a network of its own, to be killed and frozen."""
     try:
         daemon = docker.Daemon()
     except docker.NoDocker as error:

@@ -146,9 +146,11 @@ class Owned:
 
 
 class Daemon:
-    """A private `dockerd`, to be killed, frozen and started again. Takes root; it has no network for containers.
+    """A private `dockerd`, to be killed, frozen and started again. Takes root.
 
-    `data` is where it keeps all it has (a small file system, say); by default a folder that goes with it.
+    It lives in a network of its own: its containers reach each other, but not the machine, nor the machine them. With
+    `reachable` it is in the machine's, with a bridge of its own (and no rules in its firewall). `data` is where it
+    keeps all it has (a small file system, say); by default a folder that goes with it.
 
         async with Daemon() as daemon:
             engine = Engine(daemon.host)
@@ -156,13 +158,16 @@ class Daemon:
             await daemon.start()
     """
 
-    def __init__(self, *arguments: str, data: Path | None = None) -> None:
+    def __init__(self, *arguments: str, reachable: bool = False, data: Path | None = None) -> None:
         if os.geteuid() != 0 or shutil.which("dockerd") is None:
             raise NoDocker("A dockerd of a test's own takes root and dockerd (apt install docker.io).")
         # A socket's path has at most 107 bytes.
         self._folder = Path(tempfile.mkdtemp(prefix="dockerd-", dir="/tmp"))
         self._data = data or self._folder / "data"
         self._arguments = arguments
+        # The first two numbers of its addresses, where it is reachable.
+        self._prefix = f"10.{100 + os.getpid() % 100}" if reachable else ""
+        self._bridge = f"test{os.getpid()}"
         self._process: subprocess.Popen[bytes] | None = None
         self.host = f"unix://{self._folder}/socket"
 
@@ -208,9 +213,19 @@ class Daemon:
             "--exec-root",
             f"{self._folder}/exec",
         ]
-        command += ["--pidfile", f"{self._folder}/pid", "--bridge", "none", "--iptables=false", "--ip6tables=false"]
+        command += ["--pidfile", f"{self._folder}/pid", *self._arguments]
+        if self._prefix:
+            # Without a bridge of its own it would take, or remove, that of the machine's engine.
+            if not Path(f"/sys/class/net/{self._bridge}").exists():
+                _ip("link", "add", self._bridge, "type", "bridge")
+                _ip("address", "add", f"{self._prefix}.0.1/24", "dev", self._bridge)
+                _ip("link", "set", self._bridge, "up")
+            command += ["--bridge", self._bridge, "--iptables=false", "--ip6tables=false"]
+            command += ["--default-address-pool", f"base={self._prefix}.128.0/17,size=24"]
+        else:
+            command = ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *command]
         with (self._folder / "log").open("ab") as log:
-            return subprocess.Popen([*command, *self._arguments], stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def kill(self) -> None:
         """End it as a power cut does: with -9, and without a word. What ran in containers goes on."""
@@ -256,12 +271,20 @@ class Daemon:
             if mount.startswith((f"{self._folder}/", f"{self._data}/")):
                 subprocess.run(["umount", "--lazy", mount], check=False, capture_output=True)
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._prefix:
+            for address in json.loads(_ip("-json", "-4", "address", "show")):
+                if any(each["local"].startswith(f"{self._prefix}.") for each in address["addr_info"]):
+                    _ip("link", "delete", address["ifname"])
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
             return any(str(self._folder) in argument for argument in process.cmdline())
         except psutil.Error:
             return False
+
+
+def _ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
 
 
 # A registry of a test's own. ------------------------------------------------------------------------------------------
