@@ -108,7 +108,8 @@ class Selection:
                 return False
             if self.leaders and os.getsid(pid) in self.leaders:
                 return True
-            return needles <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+            # No markers mark nothing: every process carries all of none.
+            return bool(needles) and needles <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
         except OSError:
             return False
 

@@ -595,7 +595,7 @@ async def test_a_process_that_does_not_end_is_told(
 
 
 async def test_a_process_of_ours_is_never_in_a_selection() -> None:
-    ours = Selection({}, ())
+    ours = Selection({}, {os.getsid(0)})
     assert os.getpid() not in [process.pid for process in ours.find()]
 
 

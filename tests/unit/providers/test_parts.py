@@ -104,6 +104,8 @@ def test_cores_are_spread_and_rounded_up() -> None:
 
 def test_processes_of_nobody_are_not_found() -> None:
     assert Selection({"CLUSTER_CODE_INSTANCE": "no such instance"}).find() == []
+    # Least of all everybody's.
+    assert Selection({}).find() == []
 
 
 def test_a_port_is_promised_once() -> None:
