@@ -192,9 +192,9 @@ async def update(
 async def delete(connection: asyncpg.Connection, user_id: int) -> None:
     """Delete an account, its tokens, its memberships and its personal workspace, in one transaction.
 
-    What others may need does not go with it: raises Taken(field="projects") while its personal workspace has projects,
-    Taken(field="workspaces") while it is the only owner of another workspace; the message says what to do first.
-    Raises NotVisible, and Unacceptable(field="is_admin") for the last administrator.
+    What others may need does not go with it: raises Taken(field="projects") or Taken(field="apps") while its personal
+    workspace has some, Taken(field="workspaces") while it is the only owner of another workspace; the message says what
+    to do first. Raises NotVisible, and Unacceptable(field="is_admin") for the last administrator.
     """
     async with connection.transaction():
         await _require_another_admin(connection, user_id, field="is_admin")
@@ -335,7 +335,7 @@ async def _require_another_admin(connection: asyncpg.Connection, user_id: int, *
 
 
 async def _require_nothing_owned(connection: asyncpg.Connection, user_id: int) -> None:
-    # Until we commit, nobody adds a project to what the user owns, and no other owner leaves it.
+    # Until we commit, nobody adds a project or an app to what the user owns, and no other owner leaves it.
     await connection.execute(
         """SELECT FROM workspaces w JOIN workspace_members m ON m.workspace_id = w.id
             WHERE m.user_id = $1 AND m.role = 'owner' ORDER BY w.id FOR UPDATE OF w""",
@@ -347,6 +347,14 @@ async def _require_nothing_owned(connection: asyncpg.Connection, user_id: int) -
         user_id,
     ):
         raise Taken("The user's personal workspace has projects: delete them first.", field="projects")
+    if await connection.fetchval(
+        """SELECT EXISTS (SELECT FROM apps a JOIN workspaces w ON w.id = a.workspace_id
+                           WHERE w.personal_user_id = $1)""",
+        user_id,
+    ):
+        raise Taken(
+            "The user's personal workspace has apps: delete them first, and wait until they are gone.", field="apps"
+        )
     row = await connection.fetchrow(
         """SELECT w.id, w.name FROM workspaces w JOIN workspace_members m ON m.workspace_id = w.id
             WHERE m.user_id = $1 AND m.role = 'owner' AND w.personal_user_id IS DISTINCT FROM $1

@@ -67,8 +67,15 @@ class Action(StrEnum):
     PROJECT_DELETE = "project.delete"
     SESSION_READ = "session.read"
     SESSION_WRITE = "session.write"
+    APP_READ = "app.read"
+    APP_WRITE = "app.write"
+    APP_DELETE = "app.delete"
+    DEPLOYMENT_READ = "deployment.read"
+    DEPLOYMENT_WRITE = "deployment.write"
     USER_ADMIN_READ = "user.admin-read"
     USER_ADMIN_WRITE = "user.admin-write"
+    PROVIDER_WRITE = "provider.write"
+    MACHINE_CONFIG_WRITE = "machine-config.write"
     CLUSTER_READ = "cluster.read"
     BROADCAST_PRESENCE = "broadcast.presence"
     CONNECTION_READ = "connection.read"
@@ -87,8 +94,15 @@ TABLE: dict[Action, Rule] = {
     Action.PROJECT_DELETE: Rule(Role.ADMIN, Scope.WRITE),
     Action.SESSION_READ: Rule(Role.VIEWER, Scope.READ),
     Action.SESSION_WRITE: Rule(Role.MEMBER, Scope.WRITE),
+    Action.APP_READ: Rule(Role.VIEWER, Scope.READ),
+    Action.APP_WRITE: Rule(Role.MEMBER, Scope.WRITE),
+    Action.APP_DELETE: Rule(Role.ADMIN, Scope.WRITE),
+    Action.DEPLOYMENT_READ: Rule(Role.VIEWER, Scope.READ),
+    Action.DEPLOYMENT_WRITE: Rule(Role.MEMBER, Scope.WRITE),
     Action.USER_ADMIN_READ: Rule(None, Scope.ADMIN),
     Action.USER_ADMIN_WRITE: Rule(None, Scope.ADMIN),
+    Action.PROVIDER_WRITE: Rule(None, Scope.ADMIN),
+    Action.MACHINE_CONFIG_WRITE: Rule(None, Scope.ADMIN),
     Action.CLUSTER_READ: Rule(None, Scope.ADMIN),
     Action.BROADCAST_PRESENCE: Rule(None, Scope.ADMIN),
     Action.CONNECTION_READ: Rule(None, Scope.ADMIN),

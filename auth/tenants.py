@@ -129,8 +129,8 @@ async def update(connection: asyncpg.Connection, workspace_id: int, name: str) -
 async def delete(connection: asyncpg.Connection, workspace_id: int) -> None:
     """Delete a workspace and its memberships.
 
-    Raises NotVisible; Unacceptable for a personal one, which goes with its user only; Taken(field="projects") for one
-    that has projects.
+    Raises NotVisible; Unacceptable for a personal one, which goes with its user only; Taken(field="projects") or
+    Taken(field="apps") for one that has some.
     """
     async with connection.transaction():
         if await _lock_workspace(connection, workspace_id, "UPDATE") is not None:
@@ -140,6 +140,11 @@ async def delete(connection: asyncpg.Connection, workspace_id: int) -> None:
         count = await connection.fetchval("SELECT count(*) FROM projects WHERE workspace_id = $1", workspace_id)
         if count:
             raise Taken(f"The workspace has {count} project(s): delete them first.", field="projects")
+        count = await connection.fetchval("SELECT count(*) FROM apps WHERE workspace_id = $1", workspace_id)
+        if count:
+            raise Taken(
+                f"The workspace has {count} app(s): delete them first, and wait until they are gone.", field="apps"
+            )
         await connection.execute("DELETE FROM workspaces WHERE id = $1", workspace_id)
 
 

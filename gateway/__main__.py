@@ -25,6 +25,7 @@ from gateway.siblings import SIBLINGS, Siblings
 from gateway.supervisor import Worker
 from gateway.token_settings import token_settings
 from orchestrator import process
+from orchestrator.deployments.secrets import Keyring
 from orchestrator.eventlog.rabbitmq import RabbitLog
 from orchestrator.process import Signals
 from orchestrator.settings import AmqpSettings, DatabaseSettings, load
@@ -48,8 +49,9 @@ class Settings:
     def read(cls, env: Env) -> Settings:
         """Raises SettingsError."""
         edge = load(GatewaySettings, env, realtime=load(RealtimeSettings, env))
-        # Rates are parsed by who counts.
+        # Rates are parsed by who counts, keys by who encrypts.
         Limits(edge)
+        Keyring(edge.secrets_key)
         return cls(edge, token_settings(env), load(DatabaseSettings, env), load(AmqpSettings, env))
 
 

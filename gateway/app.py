@@ -55,7 +55,7 @@ def build(
 ) -> web.Application:
     """The application. The pool and the log are open, stay the caller's, and are closed by it after the application.
 
-    Raises SettingsError for a wrong rate limit, ValueError for wrong settings of tokens.
+    Raises SettingsError for a wrong rate limit or SECRETS_KEY, ValueError for wrong settings of tokens.
     """
     outside = Outside()
     history = History(log.epoch, settings.realtime.history_seconds, settings.realtime.history_bytes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from auth.redemptions import Redemptions
+from orchestrator.deployments.secrets import Keyring
 
 if TYPE_CHECKING:
     from auth.tokens import Tokens
@@ -39,8 +40,11 @@ class Context:
     # Seconds that a request waits for a connection of the pool before it is told 503.
     database_timeout: float = 5.0
     redemptions: Redemptions = field(init=False)
+    # What apps keep secret is encrypted with these.
+    keys: Keyring = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", Keyring(self.settings.secrets_key))
         object.__setattr__(self, "redemptions", Redemptions(self.pool, self.tokens, self.database_timeout))
 
 

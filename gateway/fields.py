@@ -139,6 +139,34 @@ class Flag(fields.Boolean):
         return value
 
 
+# Bytes: what Linux takes for one variable is 128 KiB, and for all of them and the arguments 2 MiB.
+LONGEST_VALUE = 32 << 10
+_LARGEST_ENVIRONMENT = 256 << 10
+
+
+def _value_fits(value: str) -> None:
+    if len(value.encode()) > LONGEST_VALUE:
+        raise ValidationError(f"Longer than {LONGEST_VALUE} bytes.")
+
+
+def _environment_fits(env: dict[str, str | None]) -> None:
+    if sum(len(name) + len((value or "").encode()) for name, value in env.items()) > _LARGEST_ENVIRONMENT:
+        raise ValidationError(f"Longer than {_LARGEST_ENVIRONMENT} bytes in all.")
+
+
+def environment(description: str, *, nullable: bool = False, **kwargs: Any) -> fields.Dict:
+    """Environment variables by name. `nullable`: null stands for one that is to be removed."""
+    return fields.Dict(
+        keys=Text(
+            most=128, allowed=Matches(r"[A-Za-z_][A-Za-z0-9_]*", "No name for a variable: [A-Za-z_][A-Za-z0-9_]*.")
+        ),
+        values=Text(least=0, most=LONGEST_VALUE, allowed=NO_NUL, checks=[_value_fits], allow_none=nullable),
+        validate=[validate.Length(max=256), _environment_fits],
+        metadata={"description": description},
+        **kwargs,
+    )
+
+
 class Uuid(fields.UUID):
     """A UUID in its canonical form."""
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -33,10 +34,18 @@ _CLAIM = """
     RETURNING true"""
 
 
-async def once(call: Call, perform: Callable[[], Awaitable[web.Response]]) -> web.Response:
+async def once(
+    call: Call,
+    perform: Callable[[], Awaitable[web.Response]],
+    *,
+    place: str | None = None,
+    hidden: Collection[str] = (),
+) -> web.Response:
     """The answer of `perform`, or, when this key has been answered, that answer. Within the caller's transaction.
 
-    Raises Problem 422 when the key came with another request, and 400 when it is malformed.
+    `place` is where what is made is found by its id, when that is not the address of the request. `hidden` are the keys
+    of the answer that are shown once: they are kept nowhere, and null when the request is repeated. Raises Problem 422
+    when the key came with another request, and 400 when it is malformed.
     """
     key = call.request.headers.get(HEADER)
     if key is None:
@@ -49,7 +58,7 @@ async def once(call: Call, perform: Callable[[], Awaitable[web.Response]]) -> we
         response = await perform()
         await call.connection.execute(
             "UPDATE idempotency_keys SET status = $3, body = $4 WHERE user_id = $1 AND key = $2",
-            user_id, key, response.status, response.body,
+            user_id, key, response.status, _without(response.body, hidden),
         )  # fmt: skip
         return response
     kept = await call.connection.fetchrow(
@@ -59,5 +68,9 @@ async def once(call: Call, perform: Callable[[], Awaitable[web.Response]]) -> we
         raise Problem(422, f"This {HEADER} was sent with another request.", errors={HEADER: ["Already used."]})
     headers = {"Cache-Control": "no-store", "Idempotency-Replayed": "true"}
     if kept["status"] == 201:
-        headers["Location"] = f"{call.request.path}/{orjson.loads(kept['body'])['id']}"
+        headers["Location"] = f"{place or call.request.path}/{orjson.loads(kept['body'])['id']}"
     return web.Response(status=kept["status"], body=kept["body"], content_type="application/json", headers=headers)
+
+
+def _without(body: Any, hidden: Collection[str]) -> bytes:
+    return orjson.dumps(orjson.loads(body) | dict.fromkeys(hidden)) if hidden else bytes(body)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import orjson
@@ -28,7 +28,7 @@ from auth.permissions import Identity, Scope, has_scope
 from gateway.context import CONTEXT, Context
 from gateway.fields import MAX_ID
 from gateway.problems import Problem
-from gateway.ratelimit import LIMITS, limited_address
+from gateway.ratelimit import LIMITS, Limit, limited_address
 from orchestrator.database import Connection
 from orchestrator.events import MAX_NAME_LENGTH
 
@@ -79,8 +79,10 @@ class Operation:
     signed_in: bool = True
     scope: Scope = Scope.READ
     database: Database = Database.READ
-    # Counted against the stricter limit that guards passwords.
-    login_limit: bool = False
+    # A stricter limit for each address than that of all requests: one of `ratelimit.Limits`.
+    limit: Literal["login", "hooks"] | None = None
+    # The body is not parsed, but given to the handler as it came (`Call.raw`); so many bytes of it at most.
+    raw: int | None = None
     # Media types in which a client may have the answer 200 instead of JSON, each with its schema; None: text.
     formats: Mapping[str, type[Schema] | None] = field(default_factory=dict)
     # Request headers that it reads, each as an OpenAPI parameter: `description` and `schema`.
@@ -96,6 +98,8 @@ class Call:
     body: dict[str, Any]
     query: dict[str, Any]
     path: dict[str, Any]
+    # The body, for operations that declare `raw`.
+    raw: bytes = b""
     _connection: Connection | None = None
     _identity: Identity | None = None
 
@@ -169,11 +173,13 @@ async def _handle(
 ) -> web.StreamResponse:
     context = request.app[CONTEXT]
     call = Call(request, context, {}, no_query, _path(declared, request))
-    if declared.login_limit:
-        limits = request.app[LIMITS]
-        request[RATE_HEADERS] = limits.login.take(limited_address(call.address))
+    if declared.limit:
+        limit: Limit = getattr(request.app[LIMITS], declared.limit)
+        request[RATE_HEADERS] = limit.take(limited_address(call.address))
     # Before anything else is taken: a client that sends slowly must not hold a connection to the database.
-    if request.body_exists:
+    if declared.raw is not None:
+        call.raw = await _read_raw(request, declared.raw)
+    elif request.body_exists:
         await _read(request, context.settings.body_limit)
     if declared.database is Database.NONE:
         if declared.signed_in:
@@ -225,11 +231,29 @@ def bearer(request: web.Request) -> str:
 
 
 async def _read(request: web.Request, limit: int) -> None:
+    async with _arriving(request, limit):
+        await request.read()
+
+
+async def _read_raw(request: web.Request, limit: int) -> bytes:
+    """The body, and never more of it than may be: aiohttp's own limit is one for all requests."""
+    body = bytearray()
+    async with _arriving(request, limit):
+        async for chunk in request.content.iter_any():
+            body += chunk
+            if len(body) > limit:
+                raise web.HTTPRequestEntityTooLarge(limit)
+    return bytes(body)
+
+
+@asynccontextmanager
+async def _arriving(request: web.Request, limit: int) -> AsyncIterator[None]:
+    """Raises HTTPRequestEntityTooLarge, and Problem 408 for a body that takes too long."""
     if (request.content_length or 0) > limit:
         raise web.HTTPRequestEntityTooLarge(limit)
     try:
         async with asyncio.timeout(_BODY_DEADLINE):
-            await request.read()
+            yield
     except TimeoutError as error:
         raise Problem(408, f"The body did not arrive within {_BODY_DEADLINE:.0f} s.") from error
 

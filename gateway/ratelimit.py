@@ -99,6 +99,7 @@ class Limits:
         self.address = Limit(settings.rate_limit_address, variable="RATE_LIMIT_ADDRESS")
         self.user = Limit(settings.rate_limit_user, variable="RATE_LIMIT_USER")
         self.login = Limit(settings.rate_limit_login, variable="RATE_LIMIT_LOGIN")
+        self.hooks = Limit(settings.rate_limit_hooks, variable="RATE_LIMIT_HOOKS")
 
 
 LIMITS = web.AppKey("limits", Limits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from orchestrator.settings import metrics_token, positive, repo_schemes, variable
+from orchestrator.settings import base_domain, metrics_token, positive, repo_schemes, secrets_key, variable
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,10 @@ class GatewaySettings:
     rate_limit_login: str = variable(
         "RATE_LIMIT_LOGIN", "str", "30/minute", help="Sign-ins and registrations per client address; off: no limit."
     )
+    # A host that pushes to a hundred repositories at once sends as many deliveries.
+    rate_limit_hooks: str = variable(
+        "RATE_LIMIT_HOOKS", "str", "600/minute", help="Webhook deliveries per client address; off: no limit."
+    )
     # Hops that append to X-Forwarded-For in front of us; 0: the header is not believed.
     trusted_proxies: int = variable(
         "TRUSTED_PROXIES", "int", 0, help="Reverse proxies in front, whose X-Forwarded-For is believed."
@@ -113,6 +117,8 @@ class GatewaySettings:
         "ADOPT_PROJECTS", "bool", True, help="Whether an unknown project UUID becomes a project of the caller's."
     )
     repo_schemes: list[str] = repo_schemes()
+    secrets_key: list[str] = secrets_key()
+    base_domain: str = base_domain()
     metrics_token: str = metrics_token()
     # Seconds after the first signal until what still runs is cancelled.
     shutdown_grace: float = variable(

@@ -243,6 +243,17 @@ def _image(value: str) -> str | None:
     return None if re.fullmatch(r"[\w./:@-]+", value, re.ASCII) else f"must be the name of an image, not {value!r}"
 
 
+def base_domain() -> Any:
+    """A field of the edge, which refuses domains that are under it, and of the workers, which make hosts of it."""
+    return variable(
+        "BASE_DOMAIN",
+        "str",
+        "localhost",
+        help="Apps answer at {name}.{BASE_DOMAIN}.",
+        check=lambda value: None if _DOMAIN.fullmatch(value) else f"must be a domain, not {value!r}",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class DeploySettings:
     """How apps are built and run."""
@@ -262,13 +273,7 @@ class DeploySettings:
         help="Deployments that one orchestrator works on at once; 0: none.",
         check=lambda value: None if value >= 0 else f"must not be negative, not {value}",
     )
-    base_domain: str = variable(
-        "BASE_DOMAIN",
-        "str",
-        "localhost",
-        help="Apps answer at {name}.{BASE_DOMAIN}.",
-        check=lambda value: None if _DOMAIN.fullmatch(value) else f"must be a domain, not {value!r}",
-    )
+    base_domain: str = base_domain()
     network: str = variable("DEPLOY_NETWORK", "str", "cluster-code", help="Docker network of the apps and of Traefik.")
     entrypoints: list[str] = variable(
         "TRAEFIK_ENTRYPOINTS", "list", ["web"], help="Traefik entry points that apps are reached through."

@@ -1,8 +1,9 @@
-"""The data directory of the embedded mode: who holds it, where its server is, and the secret that is kept there.
+"""The data directory of the embedded mode: who holds it, where its server is, and the secrets that are kept there.
 
     lock          held (flock) by the one process that may run the database; the kernel lets go when that process dies
     dev.json      where the running server is; written when it is ready, removed when it ends
     jwt-secret    made on first use
+    secrets-key   the same
     postgres/     the embedded database; run/ its socket
 
 All of it is for its owner only.
@@ -10,11 +11,12 @@ All of it is for its owner only.
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,12 +99,19 @@ class Instance:
 
     def jwt_secret(self) -> str:
         """The secret that signs tokens; made on first use."""
-        path = self.directory / "jwt-secret"
+        return self._kept("jwt-secret", lambda: secrets.token_hex(32))
+
+    def secrets_key(self) -> str:
+        """The key that apps' secrets are encrypted with; made on first use."""
+        return self._kept("secrets-key", lambda: base64.b64encode(secrets.token_bytes(32)).decode())
+
+    def _kept(self, name: str, make: Callable[[], str]) -> str:
+        path = self.directory / name
         with _readable_errors(self.directory):
             try:
                 secret = path.read_text().strip()
             except FileNotFoundError:
-                secret = secrets.token_hex(32)
+                secret = make()
                 _write_private(path, secret)
         return secret
 

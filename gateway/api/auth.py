@@ -85,7 +85,7 @@ def _tokens(context: Context, user_id: int, refresh_token: str, main: refresh.Ma
     answers={201: User},
     signed_in=False,
     database=Database.NONE,
-    login_limit=True,
+    limit="login",
 )
 async def register(call: Call) -> web.Response:
     """The account gets a personal workspace. 409 when the address has an account already."""
@@ -105,7 +105,7 @@ async def register(call: Call) -> web.Response:
     answers={200: Tokens},
     signed_in=False,
     database=Database.NONE,
-    login_limit=True,
+    limit="login",
 )
 async def login(call: Call) -> web.Response:
     """401 for a wrong address and a wrong password alike."""
@@ -117,7 +117,7 @@ async def login(call: Call) -> web.Response:
     return _tokens(call.context, user.id, token, main)
 
 
-@operation("Get new tokens", tag="auth", body=RefreshToken, answers={200: Tokens}, signed_in=False, login_limit=True)
+@operation("Get new tokens", tag="auth", body=RefreshToken, answers={200: Tokens}, signed_in=False, limit="login")
 async def renew(call: Call) -> web.Response:
     """Spends the refresh token and gives the next one. Using one twice revokes all that came from the same sign-in."""
     ttl = call.context.tokens.settings.refresh_ttl

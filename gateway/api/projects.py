@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 from aiohttp import web
-from marshmallow import Schema, ValidationError, fields, validate
+from marshmallow import Schema, ValidationError, fields
 
 from auth import audit, projects, tenants
 from auth.errors import NotVisible
@@ -14,11 +14,10 @@ from auth.permissions import Action, Role, decide
 from auth.projects import Project as Row
 from gateway import lifecycle
 from gateway.fields import (
-    NO_NUL,
-    Matches,
     PageQuery,
     Text,
     Uuid,
+    environment,
     moment,
     object_id,
     object_id_in_query,
@@ -28,33 +27,8 @@ from gateway.operation import Call, Database, PathKind, answer, nothing, operati
 from gateway.repository import check_branch, check_repo_url, without_secrets
 from orchestrator.machine_schema import ChartValuesSchema
 
-# Bytes: what Linux takes for one variable is 128 KiB, and for all of them and the arguments 2 MiB.
-_LONGEST_VALUE = 32 << 10
-_LARGEST_ENVIRONMENT = 256 << 10
-# A release keeps all its values in one Secret, which takes 1 MiB.
+# Bytes. A release keeps all its values in one Secret, which takes 1 MiB.
 _LARGEST_CHART_VALUES = 64 << 10
-
-
-def _value_fits(value: str) -> None:
-    if len(value.encode()) > _LONGEST_VALUE:
-        raise ValidationError(f"Longer than {_LONGEST_VALUE} bytes.")
-
-
-def _environment_fits(env: dict[str, str]) -> None:
-    if sum(len(name) + len(value.encode()) for name, value in env.items()) > _LARGEST_ENVIRONMENT:
-        raise ValidationError(f"Longer than {_LARGEST_ENVIRONMENT} bytes in all.")
-
-
-def _env(**kwargs: Any) -> fields.Dict:
-    return fields.Dict(
-        keys=Text(
-            most=128, allowed=Matches(r"[A-Za-z_][A-Za-z0-9_]*", "No name for a variable: [A-Za-z_][A-Za-z0-9_]*.")
-        ),
-        values=Text(least=0, most=_LONGEST_VALUE, allowed=NO_NUL, checks=[_value_fits]),
-        validate=[validate.Length(max=256), _environment_fits],
-        metadata={"description": "Environment variables, by name."},
-        **kwargs,
-    )
 
 
 def _chart_fits(values: dict[str, Any]) -> None:
@@ -79,7 +53,7 @@ class NewProject(Schema):
     name = Text(required=True)
     repo_url = Text(most=2048, allow_none=True)
     branch = Text(most=200, allow_none=True)
-    env = _env()
+    env = environment("Environment variables, by name.")
     chart_values = _chart_values()
     uuid = Uuid(metadata={"description": "For projects that another service owns; else a random one."})
 
@@ -90,7 +64,7 @@ class ProjectChanges(Schema):
     name = Text()
     repo_url = Text(most=2048, allow_none=True)
     branch = Text(most=200, allow_none=True)
-    env = _env()
+    env = environment("Environment variables, by name.")
     chart_values = _chart_values()
 
 

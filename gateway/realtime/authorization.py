@@ -31,8 +31,16 @@ _WORKSPACE_ROLES = """
     SELECT w.id, m.role::text AS role FROM workspaces w
       LEFT JOIN workspace_members m ON m.workspace_id = w.id AND m.user_id = $1
      WHERE w.id = ANY($2::bigint[])"""
-_ROLES = {"session": _SESSION_ROLES, "workspace": _WORKSPACE_ROLES}
-_READS = {"session": Action.SESSION_READ, "workspace": Action.WORKSPACE_READ}
+_DEPLOYMENT_ROLES = """
+    SELECT d.id, m.role::text AS role FROM deployments d
+      LEFT JOIN workspace_members m ON m.workspace_id = d.workspace_id AND m.user_id = $1
+     WHERE d.id = ANY($2::bigint[])"""
+_ROLES = {"session": _SESSION_ROLES, "workspace": _WORKSPACE_ROLES, "deployment": _DEPLOYMENT_ROLES}
+_READS = {
+    "session": Action.SESSION_READ,
+    "workspace": Action.WORKSPACE_READ,
+    "deployment": Action.DEPLOYMENT_READ,
+}
 
 
 class UnknownChannel(NotVisible):
@@ -82,11 +90,8 @@ def decide_alone(identity: Identity, name: str, narrowed: Collection[str] | None
     if narrowed is not None and not covers(narrowed, name):
         raise Forbidden("The short token was narrowed to other channels.")
     match channel.kind:
-        case "session" | "workspace":
+        case "session" | "workspace" | "deployment":
             return channel
-        case "deployment":
-            # Deployments have no table yet, so that there is none to see.
-            raise NotVisible("There is no such deployment.")
         case "user":
             decide(identity, Action.USER_ADMIN_READ)
         case "cluster":

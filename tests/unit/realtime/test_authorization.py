@@ -79,7 +79,7 @@ READER = Identity(1, "a@example.org", is_admin=True, scopes=frozenset({"read"}))
         (USER, "cluster", None, Forbidden),
         (ADMIN, "cluster", None, None),
         (READER, "cluster", None, Forbidden),
-        (USER, "deployment:3", None, NotVisible),
+        (USER, "deployment:3", None, Channel("deployment:3", "deployment", 3)),
         (USER, "gateway", None, UnknownChannel),
         (ADMIN, "gateway", None, UnknownChannel),
         (USER, "app:3", None, Forbidden),
