@@ -36,6 +36,8 @@ HOW_TO_GET_ONE = "No Docker engine answers: start dockerd (apt install docker.io
 BUSYBOX = Path("/bin/busybox")
 # Seconds.
 _BOOT_DEADLINE = 60.0
+# The addresses of an engine of a test's own begin so; those of tests that run at once differ.
+_PREFIX = f"10.{100 + os.getpid() % 100}"
 
 
 class NoDocker(Exception):
@@ -148,9 +150,9 @@ class Owned:
 class Daemon:
     """A private `dockerd`, to be killed, frozen and started again. Takes root.
 
-    It lives in a network of its own: its containers reach each other, but not the machine, nor the machine them. With
-    `reachable` it is in the machine's, with a bridge of its own (and no rules in its firewall). `data` is where it
-    keeps all it has (a small file system, say); by default a folder that goes with it.
+    It lives in a network of its own, since it would take, or remove, the bridge of the machine's engine: its containers
+    reach each other, but not the machine, nor the machine them, unless it is `reachable`. `data` is where it keeps all
+    it has (a small file system, say); by default a folder that goes with it.
 
         async with Daemon() as daemon:
             engine = Engine(daemon.host)
@@ -159,15 +161,14 @@ class Daemon:
     """
 
     def __init__(self, *arguments: str, reachable: bool = False, data: Path | None = None) -> None:
-        if os.geteuid() != 0 or shutil.which("dockerd") is None:
-            raise NoDocker("A dockerd of a test's own takes root and dockerd (apt install docker.io).")
+        if os.geteuid() != 0 or not all(map(shutil.which, ("dockerd", "ip", "nsenter"))):
+            raise NoDocker("A dockerd of a test's own takes root, dockerd and ip (apt install docker.io iproute2).")
         # A socket's path has at most 107 bytes.
         self._folder = Path(tempfile.mkdtemp(prefix="dockerd-", dir="/tmp"))
         self._data = data or self._folder / "data"
         self._arguments = arguments
-        # The first two numbers of its addresses, where it is reachable.
-        self._prefix = f"10.{100 + os.getpid() % 100}" if reachable else ""
-        self._bridge = f"test{os.getpid()}"
+        self._reachable = reachable
+        self._network: subprocess.Popen[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.host = f"unix://{self._folder}/socket"
 
@@ -192,6 +193,8 @@ class Daemon:
         # What a killed one left: dead processes that nobody has reaped would be taken for living ones.
         for name in ("pid", "exec/containerd/containerd.pid"):
             (self._folder / name).unlink(missing_ok=True)
+        if self._network is None:
+            self._network = await asyncio.to_thread(self._make_network)
         self._process = await asyncio.to_thread(self._spawn)
         deadline = time.monotonic() + _BOOT_DEADLINE
         async with Engine(self.host) as engine:
@@ -203,29 +206,33 @@ class Daemon:
                     raise NoDocker(f"dockerd does not start: {self.log[-2000:]}")
                 await asyncio.sleep(0.05)
 
+    def _make_network(self) -> subprocess.Popen[bytes]:
+        """What holds a network of its own open; one that is reachable has an end of a cable in it, and we the other."""
+        holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"], start_new_session=True)
+        # The same for as long as it is being started.
+        while _network_of(holder.pid) == _network_of(os.getpid()):
+            time.sleep(0.005)
+        within = ["nsenter", f"--net=/proc/{holder.pid}/ns/net", "ip"]
+        _run(*within, "link", "set", "lo", "up")
+        if self._reachable:
+            ours, its = f"test{holder.pid}", "cable"
+            _run("ip", "link", "add", ours, "type", "veth", "peer", "name", its, "netns", str(holder.pid))
+            _run("ip", "address", "add", f"{_PREFIX}.255.1/30", "dev", ours)
+            _run("ip", "link", "set", ours, "up")
+            _run(*within, "address", "add", f"{_PREFIX}.255.2/30", "dev", its)
+            _run(*within, "link", "set", its, "up")
+            _run(*within, "route", "add", "default", "via", f"{_PREFIX}.255.1")
+            _run("ip", "route", "add", f"{_PREFIX}.0.0/16", "via", f"{_PREFIX}.255.2")
+        return holder
+
     def _spawn(self) -> subprocess.Popen[bytes]:
-        command = [
-            "dockerd",
-            "--host",
-            self.host,
-            "--data-root",
-            str(self._data),
-            "--exec-root",
-            f"{self._folder}/exec",
-        ]
-        command += ["--pidfile", f"{self._folder}/pid", *self._arguments]
-        if self._prefix:
-            # Without a bridge of its own it would take, or remove, that of the machine's engine.
-            if not Path(f"/sys/class/net/{self._bridge}").exists():
-                _ip("link", "add", self._bridge, "type", "bridge")
-                _ip("address", "add", f"{self._prefix}.0.1/24", "dev", self._bridge)
-                _ip("link", "set", self._bridge, "up")
-            command += ["--bridge", self._bridge, "--iptables=false", "--ip6tables=false"]
-            command += ["--default-address-pool", f"base={self._prefix}.128.0/17,size=24"]
-        else:
-            command = ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *command]
+        assert self._network is not None
+        command = ["nsenter", f"--net=/proc/{self._network.pid}/ns/net", "dockerd"]
+        command += ["--host", self.host, "--data-root", str(self._data), "--exec-root", f"{self._folder}/exec"]
+        command += ["--pidfile", f"{self._folder}/pid", "--iptables=false", "--ip6tables=false"]
+        command += ["--bip", f"{_PREFIX}.0.1/24", "--default-address-pool", f"base={_PREFIX}.128.0/18,size=24"]
         with (self._folder / "log").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen([*command, *self._arguments], stdout=log, stderr=log, start_new_session=True)
 
     def kill(self) -> None:
         """End it as a power cut does: with -9, and without a word. What ran in containers goes on."""
@@ -251,6 +258,10 @@ class Daemon:
             except subprocess.TimeoutExpired:
                 self.kill()
         await asyncio.to_thread(self._sweep)
+        if self._network is not None:
+            # The cable goes with it.
+            self._network.kill()
+            self._network.wait()
 
     def _signal(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -271,10 +282,6 @@ class Daemon:
             if mount.startswith((f"{self._folder}/", f"{self._data}/")):
                 subprocess.run(["umount", "--lazy", mount], check=False, capture_output=True)
         shutil.rmtree(self._folder, ignore_errors=True)
-        if self._prefix:
-            for address in json.loads(_ip("-json", "-4", "address", "show")):
-                if any(each["local"].startswith(f"{self._prefix}.") for each in address["addr_info"]):
-                    _ip("link", "delete", address["ifname"])
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
@@ -283,8 +290,12 @@ class Daemon:
             return False
 
 
-def _ip(*arguments: str) -> str:
-    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def _network_of(process: int) -> str:
+    return str(Path(f"/proc/{process}/ns/net").readlink())
 
 
 # A registry of a test's own. ------------------------------------------------------------------------------------------
