@@ -82,7 +82,8 @@ CREATE TABLE deployments (
     UNIQUE (app_id, number)
 );
 CREATE INDEX deployments_app_idx ON deployments (app_id, id DESC);
-CREATE INDEX deployments_due_idx ON deployments (next_attempt_at) WHERE status IN ('queued', 'deploying');
+-- What is not at its end. A live one may be: those before it are drained and removed still.
+CREATE INDEX deployments_due_idx ON deployments (next_attempt_at) WHERE finished_at IS NULL;
 -- One at a time for an app, and one that serves.
 CREATE UNIQUE INDEX deployments_deploying_key ON deployments (app_id) WHERE status = 'deploying';
 CREATE UNIQUE INDEX deployments_live_key ON deployments (app_id) WHERE status = 'live';
