@@ -144,11 +144,13 @@ def _of_domain(error: domain.ClusterCodeError) -> Problem:
     match error:
         case domain.NotFound():
             return Problem(404, str(error))
+        case domain.InUse():
+            return Problem(409, str(error), in_use_by=error.by)
         case domain.Conflict():
             wait = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
             return Problem(409, str(error), headers=wait)
         case domain.Invalid():
-            return Problem(422, str(error), errors={error.field: [str(error)]})
+            return Problem(422, str(error), errors=error.errors)
         case _:
             return Problem(503, str(error), headers={"Retry-After": "1"})
 

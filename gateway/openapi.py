@@ -46,6 +46,10 @@ class Problem(Schema):
     errors = fields.Dict(
         keys=fields.String(), values=fields.List(fields.String()), metadata={"description": "What is wrong, by field."}
     )
+    in_use_by = fields.Dict(
+        keys=fields.String(),
+        metadata={"description": "Why what is in use is not removed: `sessions`, `sessions_total`, `machine_configs`."},
+    )
 
 
 def document(routes: Iterable[web.RouteDef], version: str) -> bytes:

@@ -13,7 +13,8 @@ from aiohttp import web
 class Problem(Exception):
     """Raised anywhere while a request is handled; the middleware answers it.
 
-    `detail` is a sentence for the caller; `errors` maps each wrong field to what is wrong with it.
+    `detail` is a sentence for the caller; `errors` maps each wrong field to what is wrong with it. `in_use_by`: who
+    holds up what is refused.
     """
 
     def __init__(
@@ -23,12 +24,14 @@ class Problem(Exception):
         *,
         errors: Mapping[str, Sequence[str]] | None = None,
         headers: Mapping[str, str] | None = None,
+        in_use_by: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
         self.errors = errors
         self.headers = headers or {}
+        self.in_use_by = in_use_by
 
     def response(self, request_id: str) -> web.Response:
         """The answer, `application/problem+json`."""
@@ -41,6 +44,8 @@ class Problem(Exception):
         }
         if self.errors:
             document["errors"] = self.errors
+        if self.in_use_by:
+            document["in_use_by"] = self.in_use_by
         return web.Response(
             status=self.status,
             body=orjson.dumps(document),

@@ -8,6 +8,7 @@ The gateway turns each into a problem document, the admin commands into a line.
     ├── SchemaOutdated           the database lacks migrations; the process exits with 2
     ├── NotFound                 no such object, or the caller may not see it              404
     ├── Conflict                 the object is in a state that forbids the request         409
+    │   └── InUse                …which others' use of it is: it says whose
     │   └── SecretsUnreadable    …since no key of SECRETS_KEY opens what it keeps secret
     ├── Invalid                  well-formed, but wrong in a way that only the domain knows  422
     └── Unavailable              something outside does not answer; try again later         503
@@ -25,7 +26,7 @@ was wrong, where, and what to do. None ever holds a secret.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -64,12 +65,24 @@ class SecretsUnreadable(Conflict):
     """No key of ours opens what is kept encrypted."""
 
 
-class Invalid(ClusterCodeError):
-    """A value that only the domain can tell to be wrong. `field` names it as the client does."""
+class InUse(Conflict):
+    """What is used by others stays. `by`: whose use it is, by kind, as JSON can hold it."""
 
-    def __init__(self, message: str, *, field: str) -> None:
+    def __init__(self, message: str, **by: Any) -> None:
+        super().__init__(message)
+        self.by = by
+
+
+class Invalid(ClusterCodeError):
+    """A value that only the domain can tell to be wrong. `field` names it as the client does.
+
+    `errors`, by field, are for where several are.
+    """
+
+    def __init__(self, message: str, *, field: str, errors: Mapping[str, Sequence[str]] | None = None) -> None:
         super().__init__(message)
         self.field = field
+        self.errors = errors or {field: [message]}
 
 
 class Unavailable(ClusterCodeError):

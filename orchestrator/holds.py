@@ -82,6 +82,11 @@ class Holds:
         return self._connection
 
 
+async def take(connection: Connection, number: int) -> bool:
+    """Hold one for as long as the connection lives, unless it is held: whether it is ours now."""
+    return number in await _each(connection, "pg_try_advisory_lock", [number])
+
+
 async def _each(connection: Connection, function: str, numbers: Collection[int]) -> set[int]:
     """The numbers for whose locks the function says true."""
     rows = await connection.fetch(

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
 
 from marshmallow import Schema, ValidationError, fields, validate, validates_schema
@@ -261,6 +262,34 @@ def _amount(least: int, most: int, **options: Any) -> fields.Integer:
     return fields.Integer(strict=True, validate=validate.Range(least, most), **options)
 
 
+_HOST = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)"
+
+
+def _user() -> fields.String:
+    """As `docker run --user` takes it; empty: the image's own."""
+    plain = validate.Regexp(
+        r"([A-Za-z0-9_.-]{1,64}(:[A-Za-z0-9_.-]{1,64})?)?\Z", error="must be a user such as 1000:1000"
+    )
+    return fields.String(validate=plain)
+
+
+def _capabilities() -> fields.List[Any]:
+    one = fields.String(
+        validate=validate.Regexp(r"[A-Z_]{1,64}\Z", error="must be a capability such as NET_BIND_SERVICE")
+    )
+    return fields.List(one, validate=validate.Length(max=100))
+
+
+def _address(**options: Any) -> fields.String:
+    def valid(value: str) -> None:
+        try:
+            ip_address(value)
+        except ValueError:
+            raise ValidationError("must be an IP address such as 127.0.0.1 or 0.0.0.0") from None
+
+    return fields.String(validate=valid, **options)
+
+
 class KubernetesServiceSchema(Schema):
     """One container of a session at a Kubernetes provider; what is left out is the chart's."""
 
@@ -319,6 +348,115 @@ class KubernetesOptionsSchema(Schema):
             raise ValidationError({"in_cluster": ["the service account, or a kubeconfig: not both"]})
 
 
+class DockerServiceSchema(Schema):
+    """One container of a session at a Docker provider."""
+
+    image = _word("an image such as registry.example.com/name:tag", required=True)
+    pull_policy = fields.String(validate=validate.OneOf(("Always", "IfNotPresent", "Never")))
+    command = _words()
+    args = _words()
+    env = _Environment()
+    port = _amount(1, 65535)
+    path = _path()
+    ready = _path(allow_none=True)
+    # A command that is run in the container.
+    healthcheck = _words()
+    cpu = _Cores()
+    memory = _Bytes()
+    user = _user()
+    read_only_root = fields.Boolean()
+
+
+class DockerMachineOptionsSchema(Schema):
+    """The options of a machine config of a Docker provider, in place of the provider's own."""
+
+    user = _user()
+    cap_add = _capabilities()
+    pids_limit = _amount(16, 1_000_000)
+    runtime = _word("the name of a runtime")
+
+
+class DockerOptionsSchema(Schema):
+    """The options of a Docker provider; `orchestrator.providers.options` says what each means."""
+
+    instance = fields.String(validate=_NAME)
+    publish = _address(allow_none=True)
+    url_host = fields.String(validate=validate.Regexp(rf"{_HOST}\Z", error="must be the name of a host, or an address"))
+    ports = fields.List(_amount(1024, 65535), validate=validate.Length(equal=2))
+    user = _user()
+    cap_add = _capabilities()
+    pids_limit = _amount(16, 1_000_000)
+    runtime = _word("the name of a runtime")
+    init = fields.Boolean()
+    env = _Environment()
+    repo_schemes = fields.List(fields.String(validate=validate.Regexp(r"[a-z][a-z0-9+.-]*\Z")))
+    ssh_key = fields.String(validate=[validate.Length(min=1), _text])
+    log_size = _Bytes()
+    log_files = _amount(1, 100)
+    clone_deadline = _seconds()
+    ready_deadline = _seconds()
+    exec_deadline = _seconds()
+    stop_grace = _seconds(120.0)
+    stable_after = _seconds()
+    crashes = _amount(1, 1000)
+    request_timeout = _seconds()
+
+    @validates_schema
+    def _some_ports(self, data: dict[str, Any], **_: Any) -> None:
+        if (ports := data.get("ports")) and ports[0] >= ports[1]:
+            raise ValidationError({"ports": ["must be the first and the last of some ports, such as [20000, 29999]"]})
+
+
+class DevPodServiceSchema(Schema):
+    """One service in the container of a session at a DevPod provider."""
+
+    # None: the devcontainer.json starts it.
+    command = _words()
+    port = _amount(1, 65535, required=True)
+    path = _path()
+    ready = _path(allow_none=True)
+    env = _Environment()
+
+
+class DevPodMachineOptionsSchema(Schema):
+    """The options of a machine config of a DevPod provider."""
+
+    # Of DevPod's own provider, over what our provider says: AWS_INSTANCE_TYPE, say.
+    provider_options = _Environment()
+    devcontainer_path = _word("a path in the repository")
+    devcontainer_image = _word("an image such as registry.example.com/name:tag")
+    fallback_image = _word("an image such as registry.example.com/name:tag")
+    clone = fields.String(validate=validate.OneOf(("full", "blobless", "treeless", "shallow")))
+    submodules = fields.Boolean()
+
+
+class DevPodOptionsSchema(Schema):
+    """The options of a DevPod provider; `orchestrator.providers.options` says what each means."""
+
+    binary = fields.String(validate=[validate.Length(min=1), _text])
+    provider = fields.String(
+        validate=validate.Regexp(r"[a-z0-9][a-z0-9-]{0,31}\Z", error="must be 1 to 32 of a-z, 0-9 and '-'")
+    )
+    source = _word("what `devpod provider add` takes: a name, a URL, or the path of a file")
+    options = _Environment()
+    env = _Environment()
+    directory = fields.String(validate=[validate.Length(min=1), _text])
+    # Part of DevPod's ids, which have 48 characters at most.
+    instance = fields.String(
+        validate=validate.Regexp(r"[a-z0-9][a-z0-9-]{0,19}\Z", error="must be 1 to 20 of a-z, 0-9 and '-'")
+    )
+    repo_schemes = fields.List(fields.String(validate=validate.OneOf(("https", "http", "ssh", "file"))))
+    up_deadline = _seconds()
+    ready_deadline = _seconds()
+    status_deadline = _seconds(50.0)
+    stop_deadline = _seconds(120.0)
+    delete_deadline = _seconds(120.0)
+    exec_deadline = _seconds()
+    reconcile_interval = _seconds()
+    restart_delay = _seconds()
+    crashes = _amount(1, 1000)
+
+
 class ChartServiceSchema(Schema):
     """What a project may say of one container."""
 
@@ -362,7 +500,6 @@ class _Way:
         return re.fullmatch(self.credentials, name) is not None
 
 
-_HOST = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)"
 _WAYS = {
     "local": _Way(None, "this one is the orchestrator's own machine", r"(?!)", "a local provider takes no credentials"),
     "docker": _Way(
@@ -460,9 +597,16 @@ class MachineConfigSchema(Schema):
 
 
 # What a kind knows of its options, of the services of its machine configs, and of their options.
-_PROVIDER_OPTIONS: dict[str, type[Schema]] = {"local": LocalOptionsSchema, "kubernetes": KubernetesOptionsSchema}
+_PROVIDER_OPTIONS: dict[str, type[Schema]] = {
+    "local": LocalOptionsSchema,
+    "docker": DockerOptionsSchema,
+    "devpod": DevPodOptionsSchema,
+    "kubernetes": KubernetesOptionsSchema,
+}
 _MACHINES: dict[str, tuple[type[Schema], type[Schema]]] = {
     "local": (LocalServiceSchema, LocalMachineOptionsSchema),
+    "docker": (DockerServiceSchema, DockerMachineOptionsSchema),
+    "devpod": (DevPodServiceSchema, DevPodMachineOptionsSchema),
     "kubernetes": (KubernetesServiceSchema, KubernetesMachineOptionsSchema),
 }
 
@@ -496,3 +640,25 @@ def flatten(messages: Any, place: str = "") -> list[str]:
                 lines += flatten(inner, f"{place}.{key}" if place else str(key))
         return lines
     return [f"{place}: {message}" if place else str(message) for message in messages]
+
+
+def errors_by_field(messages: Any) -> dict[str, list[str]]:
+    """Marshmallow's nested messages by the place that `flatten` gives them: `services.preview.port`."""
+    fields: dict[str, list[str]] = {}
+    for line in flatten(messages):
+        place, _, problem = line.partition(": ")
+        fields.setdefault(place, []).append(problem)
+    return fields
+
+
+def place_of(provider: Mapping[str, Any]) -> Any:
+    """What a provider looks after: another one with the same would tell all of it twice. None: that cannot be.
+
+    Two names of one cluster are not seen through.
+    """
+    if not provider["enabled"] or provider["kind"] not in ("docker", "kubernetes"):
+        return None
+    options = provider["options"]
+    way_in = [options.get(name) for name in ("kubeconfig", "context", "in_cluster")]
+    own = [provider["kind"], provider["endpoint"], provider["credentials"].get("kubeconfig"), options.get("instance")]
+    return own + way_in

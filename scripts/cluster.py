@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import msgspec
 import structlog
 
-from orchestrator import machines
+from orchestrator import machine_import, machines
 from orchestrator.database import UNAVAILABLE, Connection, Pool, backoff
 from orchestrator.errors import ApiRefused, ClusterCodeError, ProviderUnavailable
 
@@ -102,13 +102,13 @@ async def import_provider(connection: Connection, image: str) -> None:
     """
     if any(row.name == PROVIDER for row in await machines.providers(connection)):
         return
-    wanted = _with_image(image) if image else machines.read_file(_FILE)
+    wanted = _with_image(image) if image else machine_import.read_file(_FILE)
     # Others may run theirs on the same cluster: what is whose must not be in doubt.
     own = {"instance": f"dev-{secrets.token_hex(4)}"}
     providers = tuple({**entry, "options": {**entry["options"], **own}} for entry in wanted.providers)
     there = {config.name for config in await machines.machine_configs(connection)}
     new = tuple(entry for entry in wanted.machine_configs if entry["name"] not in there)
-    changes = await machines.apply(connection, replace(wanted, providers=providers, machine_configs=new))
+    changes = await machine_import.apply(connection, replace(wanted, providers=providers, machine_configs=new))
     log.info("imported", file=f"configs/{_FILE.name}", changes=[str(change) for change in changes])
 
 
@@ -142,7 +142,7 @@ async def _fit(pool: Pool, image: str) -> None:
     if row is None or current is None:
         log.info("the demonstration's machine config was changed, or removed: it stays so")
         return
-    default = _image(machines.read_file(_FILE))
+    default = _image(machine_import.read_file(_FILE))
     why = "KUBERNETES_DEMO_IMAGE"
     if not image and current == default:
         image, why = await _held(row.options), "the nodes hold it already"
@@ -151,13 +151,13 @@ async def _fit(pool: Pool, image: str) -> None:
         return
     async with pool.acquire() as connection, connection.transaction():
         if await _current(connection) == current:
-            await machines.apply(connection, replace(_with_image(image), providers=()))
+            await machine_import.apply(connection, replace(_with_image(image), providers=()))
             log.info("the demonstration's machine config runs", image=image, why=why)
 
 
 async def _current(connection: Connection) -> str | None:
     """The image that our machine config has now; None when it is gone, or more of it was changed than the image."""
-    wanted = machines.read_file(_FILE)
+    wanted = machine_import.read_file(_FILE)
     names = {entry["name"] for entry in wanted.machine_configs}
     images = {
         service.get("image", "")
@@ -168,7 +168,7 @@ async def _current(connection: Connection) -> str | None:
     if len(images) != 1:
         return None
     (image,) = images
-    changes = await machines.plan(connection, replace(_with_image(image), providers=()))
+    changes = await machine_import.plan(connection, replace(_with_image(image), providers=()))
     return image if all(change.action == "unchanged" for change in changes) else None
 
 
@@ -187,7 +187,7 @@ async def _held(options: Mapping[str, Any]) -> str:
             log.info("the images of the nodes are not for us to know", reason=error.reason)
             return ""
     suitable = sorted(name for name, count in found.items() if count == nodes and _suits(name))
-    default = _image(machines.read_file(_FILE))
+    default = _image(machine_import.read_file(_FILE))
     return default if default in suitable else next(iter(suitable), "")
 
 
@@ -197,13 +197,13 @@ def _suits(name: str) -> bool:
     return "@" not in name and repository == _NAME and bool(tagged)
 
 
-def _image(wanted: machines.Import) -> str:
+def _image(wanted: machine_import.Import) -> str:
     return str(next(iter(wanted.machine_configs[0]["services"].values()))["image"])
 
 
-def _with_image(image: str) -> machines.Import:
+def _with_image(image: str) -> machine_import.Import:
     """The file with another image in place of its own."""
-    wanted = machines.read_file(_FILE)
+    wanted = machine_import.read_file(_FILE)
     return replace(
         wanted,
         machine_configs=tuple(

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,9 @@ from gateway.metrics import METRICS
 from gateway.ratelimit import Limits
 from gateway.settings import GatewaySettings, RealtimeSettings
 from gateway.token_settings import token_settings
-from orchestrator import log_setup, machines
+from orchestrator import log_setup, machine_import
 from orchestrator.database import Pool, open_pool, require_schema
+from orchestrator.deployments.secrets import Keyring
 from orchestrator.errors import SettingsError
 from orchestrator.eventlog.contract import EventLog
 from orchestrator.eventlog.memory import MemoryLog
@@ -75,8 +76,9 @@ class Settings:
     def read(cls, env: Env) -> Settings:
         """Raises SettingsError."""
         edge = load(GatewaySettings, env, realtime=load(RealtimeSettings, env))
-        # Rates are parsed by who counts.
+        # Rates are parsed by who counts, keys by who encrypts.
         Limits(edge)
+        Keyring(edge.secrets_key)
         return cls(
             gateway=edge,
             orchestrator=load(OrchestratorSettings, env),
@@ -103,6 +105,7 @@ async def _main(env: Env, settings: Settings) -> None:
         instance = Instance(settings.orchestrator.data_dir)
         stack.enter_context(instance.hold("cluster-code dev"))
         tokens = token_settings(env, secret=instance.jwt_secret())
+        edge = replace(settings.gateway, secrets_key=settings.gateway.secrets_key or [instance.secrets_key()])
         _require_free(settings.gateway)
         parts: list[Awaitable[Any]] = []
         database = settings.database or load(
@@ -127,7 +130,7 @@ async def _main(env: Env, settings: Settings) -> None:
         parts.append(await stack.enter_async_context(running(orchestrator.run(), "orchestrator")))
         if cluster.configured():
             await stack.enter_async_context(_fitted(pool, settings.dev))
-        app = gateway.build(settings.gateway, tokens, pool, events, database)
+        app = gateway.build(edge, tokens, pool, events, database)
         app[METRICS].include(orchestrator.metrics)
         port = await stack.enter_async_context(gateway.listening(app, settings.gateway))
         url = f"http://{_shown(settings.gateway.host)}:{port}"
@@ -199,7 +202,7 @@ async def _first_start(pool: Pool, settings: DevSettings) -> None:
     async with pool.acquire() as connection:
         if not await connection.fetchval("SELECT EXISTS (SELECT FROM providers)"):
             for name in ("providers.yaml", "machine-configs.yaml"):
-                await machines.apply(connection, machines.read_file(_CONFIGS / name))
+                await machine_import.apply(connection, machine_import.read_file(_CONFIGS / name))
                 log.info("imported", file=f"configs/{name}")
         if cluster.configured():
             await cluster.import_provider(connection, settings.kubernetes_demo_image)

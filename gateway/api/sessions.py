@@ -228,7 +228,12 @@ async def _make(
     call: Call, project: Project, *, user_id: int, provider: str | None = None, machine_config: str | None = None
 ) -> tuple[store.Session, bool]:
     session, made = await store.create(
-        call.connection, project=project, user_id=user_id, provider=provider, machine_config=machine_config
+        call.connection,
+        project=project,
+        user_id=user_id,
+        provider=provider,
+        machine_config=machine_config,
+        by=call.identity,
     )
     if made:
         await _record(call, "session.create", session.id)
@@ -266,7 +271,11 @@ async def list_sessions(call: Call) -> web.Response:
     headers={idempotency.HEADER: idempotency.PARAMETER},
 )
 async def create(call: Call) -> web.Response:
-    """201 with a new session, which starts; 202 with the one that the project has. 409 while an old one is deleted."""
+    """201 with a new session, which starts; 202 with the one that the project has.
+
+    409 while an old one is deleted, and when as many sessions run with the machine config as may. One that is for
+    others is answered like one that there is not, with 422; one that the caller may use elsewhere only, with 403.
+    """
     return await idempotency.once(call, lambda: _create(call))
 
 
@@ -334,7 +343,10 @@ async def delete(call: Call) -> web.Response:
 
 @operation("Start a session", tag="sessions", path=_ONE, answers={202: Session}, database=Database.WRITE)
 async def start(call: Call) -> web.Response:
-    """Starting what runs changes nothing. 409 once it is being deleted."""
+    """Starting what runs changes nothing.
+
+    409 once it is being deleted, and when as many sessions run with its machine config as may.
+    """
     return await _request(call, "session.start", Desired.RUNNING)
 
 
@@ -362,13 +374,14 @@ async def change_machine_config(call: Call) -> web.Response:
     """Another size of the same provider, or the same one as it is now.
 
     202 while the session restarts with it. 200 when there is nothing to wait for: a stopped session takes it at its
-    next start, and one that runs with it already runs on. 422 names those that the provider has, 409 once the session
-    is being deleted. Where the provider can go back to what ran before, a change that fails leaves the session running
-    with that, and `reason` is `RolledBack`.
+    next start, and one that runs with it already runs on. 422 names those that the provider has, 403 is for one that
+    the caller may use elsewhere only, 409 once the session is being deleted, and when as many sessions run with the
+    machine config as may. Where the provider can go back to what ran before, a change that fails leaves the session
+    running with that, and `reason` is `RolledBack`.
     """
     session = await _permitted(call, Action.SESSION_WRITE)
     name = call.body["machine_config"]
-    changed, restarts = await store.change_machine(call.connection, session.id, name)
+    changed, restarts = await store.change_machine(call.connection, session.id, name, by=call.identity)
     await _record(call, "session.machine-config", session.id, machine_config=name)
     return answer(_public(changed), 202 if restarts else 200)
 

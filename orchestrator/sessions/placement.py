@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from orchestrator import machines
 from orchestrator.database import Connection
+from orchestrator.errors import Invalid
+
+if TYPE_CHECKING:
+    from auth.permissions import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +24,22 @@ class Placement:
     machine: dict[str, Any]
 
 
-async def place(connection: Connection, provider: str | None, machine_config: str | None) -> Placement:
-    """The provider and machine config asked for, or the defaults. Raises Invalid, naming what there is."""
-    row, config = await machines.choose(connection, provider, machine_config)
+async def place(
+    connection: Connection, provider: str | None, machine_config: str | None, asker: machines.Asker | None = None
+) -> Placement:
+    """The provider and machine config asked for, or the defaults, with a seat taken in the caller's transaction.
+
+    Raises Invalid, naming what there is, Forbidden where the asker may not use it, Conflict when all seats are taken.
+    """
+    row, config = await machines.choose(connection, provider, machine_config, asker)
+    if not await machines.take_seat(connection, config.name):
+        raise Invalid(f"The machine config {config.name!r} has just been removed.", field="machine_config")
     return Placement(row.id, row.name, config.name, config.snapshot())
+
+
+def asker(identity: Identity | None, workspace_id: int) -> machines.Asker | None:
+    """Who asks, for a project of a workspace. None: nobody whose permission counts."""
+    return machines.Asker(identity.user_id, [workspace_id], identity.is_admin) if identity is not None else None
 
 
 def namespace(project_uuid: UUID) -> str:

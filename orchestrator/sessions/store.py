@@ -18,6 +18,7 @@ from orchestrator.sessions.record import COLUMNS, Session, public
 from orchestrator.sessions.state import Desired, Status, requested
 
 if TYPE_CHECKING:
+    from auth.permissions import Identity
     from auth.projects import Project
 
 __all__ = [
@@ -82,17 +83,32 @@ class Output:
 
 
 async def create(
-    connection: Connection, *, project: Project, user_id: int, provider: str | None, machine_config: str | None
+    connection: Connection,
+    *,
+    project: Project,
+    user_id: int,
+    provider: str | None,
+    machine_config: str | None,
+    by: Identity | None = None,
 ) -> tuple[Session, bool]:
     """The project's session, and whether it was made now; within the caller's transaction.
 
-    Of any number of concurrent calls one makes it and the others answer it. Raises Invalid for a provider, machine
-    config or user that does not exist, Conflict while the project's old session is being deleted.
+    Of any number of concurrent calls one makes it and the others answer it. `by` is who must be permitted to use the
+    machine config (None: nobody). Raises Invalid for a provider, machine config or user that does not exist, or that
+    `by` may not see, Forbidden for one that `by` may use elsewhere only, Conflict while the project's old session is
+    being deleted and when as many sessions run with the machine config as may.
     """
+    asker = placement.asker(by, project.workspace_id)
     while True:
         if (existing := await _active(connection, project.id)) is not None:
             return existing, False
-        placed = await placement.place(connection, provider, machine_config)
+        try:
+            placed = await placement.place(connection, provider, machine_config, asker)
+        except Conflict:
+            # The last seat may have gone to a concurrent call for the same project.
+            if (existing := await _active(connection, project.id)) is not None:
+                return existing, False
+            raise
         # None: another call has just made it; this statement has waited for that one's commit.
         if (session := await _insert(connection, project, user_id, placed)) is not None:
             await record.tell(connection, session)
@@ -175,7 +191,8 @@ async def request(
     """Ask for a state (`running`, `stopped`, `deleted`), within the caller's transaction. Asking twice is asking once.
 
     `restart`: what runs is stopped first. `because`: a reason and a message in place of "requested". Raises NotFound,
-    and Conflict when it is being deleted or gone; deleting what is deleted succeeds.
+    and Conflict when it is being deleted or gone, and when it is to run and as many do with its machine config as may;
+    deleting what is deleted succeeds.
     """
     wish = Desired(desired)
     before = await record.lock(connection, session_id)
@@ -189,27 +206,36 @@ async def request(
     shown = requested(wanted, status, wish, restart=restart)
     if shown is None:
         return before
+    if wish is Desired.RUNNING and wanted is not Desired.RUNNING:
+        await machines.take_seat(connection, before.machine_config)
     because = because or (("RestartRequested", "Restarting, as requested.") if restart else _REQUESTED[wish])
     endpoints = {} if wish is Desired.RUNNING and not restart else record.endpoint_columns(None)
     return await _want(connection, before, wish, shown, because, **endpoints)
 
 
-async def change_machine(connection: Connection, session_id: int, machine_config: str) -> tuple[Session, bool]:
+async def change_machine(
+    connection: Connection, session_id: int, machine_config: str, by: Identity | None = None
+) -> tuple[Session, bool]:
     """Give the session another machine config of its provider, as that is now; within the caller's transaction.
 
     One that is to run is restarted with it, and the second value says that this is still to be done; one that is
     stopped takes it at its next start. One that has it already is left alone, unless it could not be run with it.
-    Raises NotFound, Invalid for a machine config that its provider does not have, naming those it has, Conflict when it
-    is being deleted or gone.
+    Raises NotFound, Invalid for a machine config that its provider does not have, or that `by` may not see, naming
+    those it has, Forbidden for one that `by` may use elsewhere only, Conflict when it is being deleted or gone, and
+    when it is to run and as many do with the machine config as may.
     """
     before = await record.lock(connection, session_id)
     wanted, status = record.statuses(before)
     if wanted is Desired.DELETED:
         raise _gone(before)
-    machine = (await machines.named(connection, before.provider, machine_config)).snapshot()
+    asker = placement.asker(by, before.workspace_id)
+    machine = (await machines.named(connection, before.provider, machine_config, asker)).snapshot()
     known = await connection.fetchval("SELECT machine FROM sessions WHERE id = $1", session_id)
     if machine == known and status is not Status.ERROR and before.reason != _ROLLED_BACK:
         return before, before.outstanding and wanted is Desired.RUNNING
+    # One that is stopped takes its seat when it starts.
+    if wanted is Desired.RUNNING and machine_config != before.machine_config:
+        await machines.take_seat(connection, machine_config)
     changes: dict[str, Any] = {"machine_config": machine_config, "machine": machine}
     if wanted is Desired.STOPPED:
         return await record.write(connection, before, **changes), False

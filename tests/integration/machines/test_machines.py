@@ -9,10 +9,12 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from orchestrator import machines
+from orchestrator import machine_changes, machine_import, machines
 from orchestrator.database import Pool
-from orchestrator.errors import Conflict, Invalid, NotFound
-from orchestrator.machines import add_provider, apply, choose, plan, read_text, remove_machine_config, remove_provider
+from orchestrator.errors import Conflict, InUse, Invalid, NotFound
+from orchestrator.machine_import import apply, plan, read_text
+from orchestrator.machine_schema import ProviderSchema
+from orchestrator.machines import choose
 from orchestrator.providers.contract import Machine
 
 FILE = """
@@ -22,15 +24,15 @@ providers:
 machine_configs:
   - {name: small, provider: local, default: true, cpu: 500m, memory: 1Gi, services: {preview: {command: [a, b]}}}
   - {name: big, provider: local, cpu: 4, disk: 10Gi}
-  - {name: pod, provider: cluster, services: {preview: {image: x}}, options: {node: fast}}
+  - {name: pod, provider: cluster, disk: 3Gi, services: {preview: {image: x}}}
 """
 
 
-def read(text: str = FILE) -> machines.Import:
+def read(text: str = FILE) -> machine_import.Import:
     return read_text(text, source="file.yaml")
 
 
-def told(changes: list[machines.Change]) -> list[str]:
+def told(changes: list[machine_import.Change]) -> list[str]:
     return [str(change) for change in changes]
 
 
@@ -83,7 +85,9 @@ async def test_an_import_makes_the_rows_and_another_changes_nothing(connection: 
 
 async def test_changes_are_told_by_field_and_made(connection: asyncpg.Connection) -> None:
     await apply(connection, read())
-    changed = read(FILE.replace("memory: 1Gi", "memory: 2Gi").replace("[a, b]", "[a, c]").replace("docker}", "devpod}"))
+    changed = read(
+        FILE.replace("memory: 1Gi", "memory: 2Gi").replace("[a, b]", "[a, c]").replace("docker}", "kubernetes}")
+    )
     expected = [
         "provider local: unchanged", "provider cluster: changed (kind)",
         "machine config small: changed (memory, services)", "machine config big: unchanged",
@@ -126,7 +130,7 @@ async def test_a_default_moves_within_one_file_and_to_another_provider(connectio
 
 
 async def test_what_does_not_fit_the_database_is_refused_with_its_place(connection: asyncpg.Connection) -> None:
-    await add_provider(connection, name="local", kind="local")
+    await apply(connection, read("providers: [{name: local, kind: local}]"))
     with pytest.raises(Invalid) as refused:
         await apply(
             connection,
@@ -157,7 +161,7 @@ async def test_all_or_nothing_is_changed(connection: asyncpg.Connection) -> None
            EXECUTE FUNCTION refuse()"""
     )
     with pytest.raises(asyncpg.RaiseError):
-        await apply(connection, read(FILE.replace("cpu: 4", "cpu: 5").replace("fast", "slow").replace("60", "90")))
+        await apply(connection, read(FILE.replace("cpu: 4", "cpu: 5").replace("3Gi", "4Gi").replace("60", "90")))
     assert await contents(connection) == before
 
 
@@ -175,47 +179,81 @@ async def test_a_provider_with_sessions_keeps_its_kind(connection: asyncpg.Conne
     await apply(connection, read())
     await session(connection, "cluster")
     with pytest.raises(Invalid, match=r"providers\[0\]\.kind: 'cluster' has sessions, and is of the kind 'docker'"):
-        await apply(connection, read("providers: [{name: cluster, kind: devpod}]"))
+        await apply(connection, read("providers: [{name: cluster, kind: kubernetes}]"))
+
+
+async def test_a_provider_whose_machine_configs_would_not_fit_keeps_its_kind(connection: asyncpg.Connection) -> None:
+    await apply(connection, read())
+    with pytest.raises(Invalid, match=r"providers\[0\]\.kind: does not fit the machine configs of 'cluster': pod"):
+        await apply(connection, read("providers: [{name: cluster, kind: local}]"))
+
+
+def provider(name: str, kind: str = "docker", **given: Any) -> Any:
+    return ProviderSchema().load({"name": name, "kind": kind, **given})
+
+
+async def provider_id(connection: asyncpg.Connection, name: str) -> int:
+    return next(row.id for row in await machines.providers(connection) if row.name == name)
+
+
+async def config_id(connection: asyncpg.Connection, name: str) -> int:
+    return next(row.id for row in await machines.machine_configs(connection) if row.name == name)
 
 
 async def test_providers_are_added_once(connection: asyncpg.Connection) -> None:
-    first = await add_provider(connection, name="one", kind="local", options={"crashes": 3}, default=True)
+    first = await machine_changes.add_provider(
+        connection, provider("one", "local", options={"crashes": 3}, default=True)
+    )
     assert (first.name, first.options, first.is_default, first.enabled) == ("one", {"crashes": 3}, True, True)
     with pytest.raises(Conflict, match="There is a provider 'one' already"):
-        await add_provider(connection, name="one", kind="docker")
-    await add_provider(connection, name="two", kind="docker", default=True)
+        await machine_changes.add_provider(connection, provider("one"))
+    await machine_changes.add_provider(connection, provider("two", default=True))
     assert [(row.name, row.is_default) for row in await machines.providers(connection)] == [
         ("one", False),
         ("two", True),
     ]
-    with pytest.raises(Invalid, match=r"options\.crashes: Not a valid integer") as refused:
-        await add_provider(connection, name="three", kind="local", options={"crashes": "many"})
-    assert refused.value.field == "options.crashes"
+
+
+async def test_one_cluster_is_told_of_once(connection: asyncpg.Connection) -> None:
+    await apply(connection, read("providers: [{name: a, kind: kubernetes, options: {context: east}}]"))
+    twin = "providers: [{name: b, kind: kubernetes, options: {context: east, request_timeout: 5}}]"
+    with pytest.raises(Invalid, match=r"providers\[0\]\.options\.instance: reaches what 'a' reaches"):
+        await apply(connection, read(twin))
+    with pytest.raises(Invalid, match=r"options\.instance: reaches what 'a' reaches") as refused:
+        await machine_changes.add_provider(connection, provider("b", "kubernetes", options={"context": "east"}))
+    assert refused.value.field == "options.instance"
+    await apply(connection, read(twin.replace("context: east,", "context: east, instance: other,")))
+    await apply(connection, read("providers: [{name: c, kind: kubernetes, enabled: false, options: {context: east}}]"))
 
 
 async def test_a_provider_in_use_stays_and_says_by_what(connection: asyncpg.Connection) -> None:
     await apply(connection, read())
-    numbers = [await session(connection, "cluster") for _ in range(12)]
-    with pytest.raises(Conflict) as refused:
-        await remove_provider(connection, "cluster")
-    listed = ", ".join(str(number) for number in numbers[:10])
+    numbers = [await session(connection, "cluster") for _ in range(22)]
+    with pytest.raises(InUse) as refused:
+        await machine_changes.remove_provider(connection, await provider_id(connection, "cluster"))
+    listed = ", ".join(f"{number} (project p, running)" for number in numbers[:20])
     assert str(refused.value) == (
-        f"The provider 'cluster' is in use by the machine config pod and the sessions {listed} and more: "
+        f"The provider 'cluster' is in use by the machine config pod and by the sessions {listed} and 2 more: "
         "remove or delete these first."
     )
-    with pytest.raises(Conflict, match="in use by the machine configs big, small: remove"):
-        await remove_provider(connection, "local")
-    with pytest.raises(NotFound, match="There is no provider 'x'; there are: cluster, local"):
-        await remove_provider(connection, "x")
+    assert refused.value.by["machine_configs"] == ["pod"]
+    assert refused.value.by["sessions_total"] == 22
+    assert [(one["id"], one["status"]) for one in refused.value.by["sessions"]] == [
+        (number, "running") for number in numbers[:20]
+    ]
+    with pytest.raises(InUse, match="in use by the machine configs big, small: remove"):
+        await machine_changes.remove_provider(connection, await provider_id(connection, "local"))
+    with pytest.raises(NotFound):
+        await machine_changes.remove_provider(connection, 999)
 
 
 async def test_a_provider_that_nothing_uses_goes_and_its_deleted_sessions_stay(connection: asyncpg.Connection) -> None:
     await apply(connection, read())
     number = await session(connection, "cluster", "deleted")
-    with pytest.raises(NotFound, match="There is no machine config 'x'; there are: big, pod, small"):
-        await remove_machine_config(connection, "x")
-    await remove_machine_config(connection, "pod")
-    await remove_provider(connection, "cluster")
+    with pytest.raises(NotFound):
+        await machine_changes.remove_machine_config(connection, 999)
+    await machine_changes.remove_machine_config(connection, await config_id(connection, "pod"))
+    await machine_changes.remove_provider(connection, await provider_id(connection, "cluster"))
     row = await connection.fetchrow("SELECT provider, provider_id FROM sessions WHERE id = $1", number)
     assert tuple(row) == ("cluster", None)
 
@@ -223,16 +261,102 @@ async def test_a_provider_that_nothing_uses_goes_and_its_deleted_sessions_stay(c
 async def test_a_provider_taken_into_use_in_the_same_moment_stays(
     connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await add_provider(connection, name="p", kind="docker")
+    await machine_changes.add_provider(connection, provider("p"))
 
-    async def nobody_yet(connection: asyncpg.Connection, provider_id: int) -> list[str]:
+    async def nobody_yet(connection: asyncpg.Connection, *_: Any) -> None:
         await session(connection, "p")
-        return []
 
-    monkeypatch.setattr(machines, "_users", nobody_yet)
+    monkeypatch.setattr(machine_changes, "_require_unused", nobody_yet)
     with pytest.raises(Conflict, match="has just been taken into use"):
-        await remove_provider(connection, "p")
+        await machine_changes.remove_provider(connection, await provider_id(connection, "p"))
     assert [row.name for row in await machines.providers(connection)] == ["p"]
+
+
+async def test_a_machine_config_in_use_stays_and_is_free_when_its_sessions_are_gone(pool: Pool) -> None:
+    async with pool.acquire() as connection, pool.acquire() as other:
+        await apply(connection, read())
+        small = await config_id(connection, "small")
+        making = connection.transaction()
+        await making.start()
+        assert await machines.take_seat(connection, "small")
+        removal = asyncio.create_task(machine_changes.remove_machine_config(other, small))
+        await until_waiting(pool)
+        number = await session(connection, "local")
+        await making.commit()
+        with pytest.raises(InUse, match=rf"The machine config 'small' is in use by the session {number} \(project p"):
+            await removal
+        await connection.execute("UPDATE sessions SET status = 'deleted'")
+        await machine_changes.remove_machine_config(connection, small)
+        async with connection.transaction():
+            assert not await machines.take_seat(connection, "small")
+
+
+async def until_waiting(pool: Pool) -> None:
+    """Return when somebody waits for a lock."""
+    async with asyncio.timeout(30), pool.acquire() as connection:
+        while not await connection.fetchval(
+            """SELECT EXISTS (SELECT FROM pg_stat_activity
+                               WHERE wait_event_type = 'Lock' AND datname = current_database())"""
+        ):
+            await asyncio.sleep(0.01)
+
+
+async def test_users_are_named_by_address_or_id_and_kept_by_id(connection: asyncpg.Connection) -> None:
+    ann = await connection.fetchval("INSERT INTO users (email, name) VALUES ('Ann@example.com', 'n') RETURNING id")
+    bob = await connection.fetchval("INSERT INTO users (email, name) VALUES ('bob@example.com', 'n') RETURNING id")
+    team = await connection.fetchval("INSERT INTO workspaces (name) VALUES ('w') RETURNING id")
+    few = f"""
+        providers: [{{name: local, kind: local}}]
+        machine_configs:
+          - {{name: gpu, provider: local, users: [{bob}, ann@EXAMPLE.com, {ann}], workspaces: [{team}, {team}]}}
+    """
+    await apply(connection, read(few))
+    assert {change.action for change in await plan(connection, read(few))} == {"unchanged"}
+    (gpu,) = await machines.machine_configs(connection)
+    assert (gpu.users, gpu.workspaces) == (sorted([ann, bob]), [team])
+    unknown = few.replace(f"[{bob}, ", "[nobody@example.com, 999, ").replace(f"[{team}, ", "[998, ")
+    with pytest.raises(Invalid) as refused:
+        await apply(connection, read(unknown))
+    assert str(refused.value).splitlines()[1:] == [
+        "  machine_configs[0].users: there is no user nobody@example.com, 999",
+        "  machine_configs[0].workspaces: there is no workspace 998",
+    ]
+    # Who is gone does not open it to all; the file that names the address must be corrected.
+    await connection.execute("DELETE FROM users")
+    assert {change.action for change in await plan(connection, read(few.replace("ann@EXAMPLE.com, ", "")))} == {
+        "unchanged"
+    }
+    with pytest.raises(Invalid, match=r"there is no user ann@EXAMPLE\.com"):
+        await plan(connection, read(few))
+
+
+async def test_seats_are_taken_one_by_one(pool: Pool) -> None:
+    limited = FILE.replace("name: big,", "name: big, max_sessions: 3,")
+    async with pool.acquire() as connection:
+        await apply(connection, read(limited))
+
+    async def take() -> bool:
+        async with pool.acquire() as connection:
+            try:
+                async with connection.transaction():
+                    await machines.take_seat(connection, "big")
+                    number = await session(connection, "local")
+                    await connection.execute("UPDATE sessions SET machine_config = 'big' WHERE id = $1", number)
+            except Conflict as full:
+                told.add(str(full))
+                return False
+            return True
+
+    told: set[str] = set()
+
+    assert sorted(await asyncio.gather(*(take() for _ in range(9)))) == [False] * 6 + [True] * 3
+    async with pool.acquire() as connection:
+        await connection.execute("UPDATE sessions SET desired = 'stopped' WHERE id = (SELECT min(id) FROM sessions)")
+    assert sorted(await asyncio.gather(*(take() for _ in range(3)))) == [False, False, True]
+    assert told == {
+        "The machine config 'big' takes 3 sessions at a time, and 3 run or will: "
+        "stop or delete one, or choose another machine config."
+    }
 
 
 async def test_a_session_gets_what_it_names_or_the_default(connection: asyncpg.Connection) -> None:

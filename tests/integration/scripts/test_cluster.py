@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 import structlog
 
-from orchestrator import machines
+from orchestrator import machine_import, machines
 from orchestrator.database import Pool
 from scripts import cluster
 from tests.kubernetes import KubernetesApi, refused
@@ -92,9 +92,9 @@ async def test_the_image_that_was_asked_for_is_there_from_the_first_moment(pool:
 
 async def test_what_an_administrator_has_made_stays(pool: Pool) -> None:
     async with pool.acquire() as connection:
-        await machines.apply(
+        await machine_import.apply(
             connection,
-            machines.read_text(
+            machine_import.read_text(
                 "providers: [{name: kubernetes, kind: kubernetes, options: {context: mine}, enabled: false}]",
                 source="x",
             ),
@@ -108,9 +108,8 @@ async def test_what_an_administrator_has_made_stays(pool: Pool) -> None:
 
 async def test_a_machine_config_of_that_name_stays_whose_it_is(pool: Pool) -> None:
     async with pool.acquire() as connection:
-        await machines.add_provider(connection, name="mine", kind="devpod")
-        text = "machine_configs: [{name: kubernetes-small, provider: mine}]"
-        await machines.apply(connection, machines.read_text(text, source="x"))
+        text = "{providers: [{name: mine, kind: devpod}], machine_configs: [{name: kubernetes-small, provider: mine}]}"
+        await machine_import.apply(connection, machine_import.read_text(text, source="x"))
     await imported(pool)
     assert (await provider(pool)).kind == "kubernetes"
     async with pool.acquire() as connection:

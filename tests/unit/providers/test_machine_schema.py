@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from marshmallow import ValidationError
 
-from orchestrator import machines
+from orchestrator import machine_import
 from orchestrator.errors import Invalid
+from orchestrator.machine_import import Change, read_file, read_text
 from orchestrator.machine_schema import ChartValuesSchema, errors_for_kind, flatten, parse_bytes, parse_cores
-from orchestrator.machines import Change, MachineConfig, ProviderRow, pick, read_file, read_text
+from orchestrator.machines import MachineConfig, ProviderRow, pick
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -255,7 +256,7 @@ def test_a_change_reads_as_a_line() -> None:
 
 
 def row(name: str, *, enabled: bool = True, default: bool = False) -> ProviderRow:
-    return ProviderRow(1, name, "local", {}, enabled, default, "unknown", "", None)
+    return ProviderRow(1, name, "local", None, {}, {}, enabled, default, "unknown", "", None)
 
 
 def config(name: str, provider: str, *, default: bool = False) -> MachineConfig:
@@ -316,4 +317,4 @@ def test_without_a_default_one_must_be_named() -> None:
 
 def test_a_snapshot_is_what_a_machine_is_made_of() -> None:
     assert set(config("m", "a").snapshot()) == {"name", "cpu", "memory_bytes", "disk_bytes", "services", "options"}
-    assert machines.Import("f").providers == ()
+    assert machine_import.Import("f").providers == ()
