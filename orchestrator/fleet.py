@@ -21,7 +21,7 @@ from orchestrator import credentials
 from orchestrator.database import UNAVAILABLE, Pool, backoff
 from orchestrator.errors import ClusterCodeError, HeldElsewhere, ProviderUnavailable, SettingsError
 from orchestrator.holds import Holds
-from orchestrator.providers.contract import IN_PROCESS, WATCHED, LogSink, Observation, Provider
+from orchestrator.providers.contract import IN_PROCESS, WATCHED, Follower, LogSink, Observation, Provider
 from orchestrator.sessions import leases
 
 log = structlog.get_logger("providers")
@@ -57,7 +57,8 @@ class OpenProvider(Protocol):
         ...
 
 
-# Looks after all sessions of a provider of a kind in WATCHED, by its id and name, until cancelled.
+# Looks after all sessions of a provider by its id and name, until cancelled: a bridge those of a kind in WATCHED, what
+# follows output those of a Follower.
 RunBridge: TypeAlias = Callable[[int, str, Any], Coroutine[Any, Any, None]]
 # Told of a session's id and what its provider saw.
 OnObservation: TypeAlias = Callable[[int, Observation], Awaitable[None]]
@@ -92,7 +93,8 @@ class _Member:
     provider: Provider | None = None
     why: str = ""
     elsewhere: bool = False
-    watch: asyncio.Task[None] | None = None
+    # What looks after its sessions and their output while it is open.
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
     # What the bridge died of last, and until when that is told (monotonic).
     broken: str = ""
     broken_until: float = field(default=0.0)
@@ -115,6 +117,7 @@ class Fleet:
         on_observation: OnObservation,
         on_change: Callable[[], None],
         run_bridge: RunBridge,
+        follow: RunBridge,
     ) -> None:
         self._pool = pool
         self._holds = holds
@@ -124,6 +127,7 @@ class Fleet:
         self._on_observation = on_observation
         self._on_change = on_change
         self._run_bridge = run_bridge
+        self._follow = follow
         self._members: dict[int, _Member] = {}
         self._held: frozenset[int] = frozenset()
         self._refreshing = asyncio.Lock()
@@ -310,13 +314,17 @@ class Fleet:
             watch = self._bridge(provider_id, member, member.provider)
         else:
             watch = self._watch(config.name, member.provider)
-        member.watch = asyncio.create_task(watch, name=f"watch {config.name}")
+        member.tasks.append(asyncio.create_task(watch, name=f"watch {config.name}"))
+        if isinstance(member.provider, Follower):
+            output = self._follow(provider_id, config.name, member.provider)
+            member.tasks.append(asyncio.create_task(output, name=f"output of {config.name}"))
         return member
 
     async def _close(self, member: _Member) -> None:
-        if member.watch is not None:
-            member.watch.cancel()
-            await asyncio.wait({member.watch})
+        for task in member.tasks:
+            task.cancel()
+        if member.tasks:
+            await asyncio.wait(member.tasks)
         try:
             if member.provider is not None:
                 async with asyncio.timeout(CLOSE_DEADLINE):

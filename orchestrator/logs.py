@@ -19,7 +19,7 @@ from orchestrator.database import UNAVAILABLE, Connection, Pool, backoff
 from orchestrator.errors import LogUnavailable
 from orchestrator.eventlog.contract import EventLog
 from orchestrator.events import Event
-from orchestrator.providers.contract import LogLine
+from orchestrator.providers.contract import LogLine, Position
 from orchestrator.sessions.record import moment
 from orchestrator.text import clean
 
@@ -112,6 +112,24 @@ class LogWriter:
         self._bytes = sum(len(line.line) for line in kept)
         if (batch := self._unfinished) is not None and batch.events is None:
             batch.lines = [line for line in batch.lines if line.session_id not in session_ids]
+
+    async def positions(self, session_id: int, service: str) -> dict[str, Position]:
+        """How far the output of a service is stored, by its stream. Raises what is in `database.UNAVAILABLE`."""
+        async with self._pool.acquire() as connection:
+            rows = await connection.fetch(
+                """SELECT DISTINCT ON (stream) stream, at, count(*) FROM session_logs
+                    WHERE session_id = $1 AND service = $2 AND stream <> 'system'
+                    GROUP BY stream, at ORDER BY stream, at DESC""",
+                session_id,
+                service,
+            )
+            if rows:
+                return {row["stream"]: Position(row["at"], row["count"]) for row in rows}
+            # Perhaps its lines were there, and the others' have taken their place.
+            oldest = await connection.fetchval(
+                "SELECT min(at) FROM session_logs WHERE session_id = $1 HAVING count(*) >= $2", session_id, self.keep
+            )
+        return {} if oldest is None else {stream: Position(oldest, 0) for stream in ("stdout", "stderr")}
 
     async def run(self) -> None:
         """Write batches for ever. A batch that is under way when this is cancelled is left to `flush`."""

@@ -17,6 +17,7 @@ from orchestrator.eventlog import dead_letters, outbox
 from orchestrator.eventlog.contract import EventLog, Exchange
 from orchestrator.eventlog.relay import Relaying
 from orchestrator.fleet import Fleet, OpenProvider
+from orchestrator.following import Following
 from orchestrator.holds import Holds
 from orchestrator.logs import LogWriter
 from orchestrator.metrics import Readings
@@ -85,6 +86,7 @@ class Orchestrator:
             on_observation=lambda session_id, seen: self._observer.look(session_id, seen),
             on_change=self._look_anew,
             run_bridge=lambda provider_id, name, provider: self.bridges.run(provider_id, name, provider),
+            follow=Following(database_settings, self._logs).run,
         )
         self._observer = Observer(settings, pool, self._work, self._fleet.find)
         self.bridges = Bridges(database_settings, pool, self._logs, Look(self._observer.look, settings.start_deadline))

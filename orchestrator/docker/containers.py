@@ -104,6 +104,16 @@ class Containers:
             while await stream.read():
                 pass
 
+    async def has(self, container: str, path: str) -> bool:
+        """Whether a file or a folder is there; the container need not run."""
+        try:
+            async with self._connection.stream("GET", f"{_path(container)}/archive", params={"path": path}):
+                return True
+        except EngineRefused as error:
+            if error.status == 404:
+                return False
+            raise
+
     async def exec(
         self,
         container: str,

@@ -7,17 +7,18 @@ ProviderFailure with a classified reason. Cancelling a call leaves a state that 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from uuid import UUID
 
 from orchestrator.errors import ProviderFailure
 
-# Kinds whose sessions live in the process that has opened the provider: one orchestrator at a time has.
-IN_PROCESS = frozenset({"local"})
+# Kinds of which something is on the disk or in the process of whoever has opened the provider (sessions' processes,
+# DevPod's files and the ways to its containers): one orchestrator at a time has.
+IN_PROCESS = frozenset({"local", "devpod"})
 # Kinds whose sessions a bridge looks after by watching all of them: no regular inspection asks about each.
 WATCHED = frozenset({"kubernetes"})
 
@@ -43,6 +44,8 @@ class SessionRef:
     session_id: int
     namespace: str
     container_name: str
+    # The tenant.
+    workspace_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,44 @@ class LogLine:
 Report = Callable[[str, str], Awaitable[None]]
 # Takes a line and returns at once; what cannot be kept is dropped and counted.
 LogSink = Callable[[LogLine], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a stream of a service was stored: the time of its last line, and how many lines have that time."""
+
+    at: datetime
+    same: int
+
+
+class Journal(Protocol):
+    """Where a provider's followed output goes, and what is there already."""
+
+    def sink(self, line: LogLine) -> None:
+        """Take a line; returns at once."""
+        ...
+
+    @property
+    def full(self) -> bool:
+        """Whether to wait before it is given more lines."""
+        ...
+
+    def discard(self, session_ids: Collection[int]) -> None:
+        """Forget what was taken of these sessions and is not stored: somebody else reads it again."""
+        ...
+
+    async def positions(self, session_id: int, service: str) -> Mapping[str, Position]:
+        """Where to go on in each of the service's streams, by its name. Raises what is in `database.UNAVAILABLE`."""
+        ...
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A provider that keeps what its sessions write, so that one orchestrator at a time reads it from there."""
+
+    async def follow(self, journal: Journal) -> None:
+        """Hand on the output of all sessions, each line once, until cancelled."""
+        ...
 
 
 class Provider(Protocol):

@@ -10,7 +10,7 @@ from orchestrator.errors import SettingsError
 from orchestrator.providers import kubeconfig
 from orchestrator.providers.contract import LogSink, Provider
 from orchestrator.providers.local import LocalProvider
-from orchestrator.providers.options import KubernetesOptions, LocalOptions
+from orchestrator.providers.options import DockerOptions, KubernetesOptions, LocalOptions
 
 
 def open_provider(
@@ -30,8 +30,8 @@ def open_provider(
     `repo_schemes` are those of repositories, unless the provider's own options name others. Raises SettingsError,
     naming the provider, for wrong options and for a kind that this version cannot run.
     """
+    schemes = {"repo_schemes": list(repo_schemes)} if repo_schemes is not None else {}
     if kind == "local":
-        schemes = {"repo_schemes": list(repo_schemes)} if repo_schemes is not None else {}
         return LocalProvider(data_dir, sink, LocalOptions.load({**schemes, **options}, provider=name))
     if kind == "kubernetes":
         # Its client is large, and who has no cluster shall not pay for it.
@@ -39,7 +39,14 @@ def open_provider(
 
         way_in = kubeconfig.text(endpoint, credentials or {})
         return KubernetesProvider(name, KubernetesOptions.load(options, provider=name), way_in)
+    if kind == "docker":
+        from orchestrator.docker.engine import Engine
+        from orchestrator.providers.docker import DockerProvider
+
+        loaded = DockerOptions.load({**schemes, **options}, provider=name)
+        engine = Engine(endpoint or "", name=name, timeout=loaded.request_timeout)
+        return DockerProvider(name, loaded, engine, directory=data_dir, sink=sink, registries=credentials)
     raise SettingsError(
         f"The provider {name!r} is of the kind {kind!r}, which this version cannot run:"
-        " known are 'local' and 'kubernetes'."
+        " known are 'local', 'docker' and 'kubernetes'."
     )

@@ -65,6 +65,7 @@ def _fleet(pool: Pool, database_settings: DatabaseSettings, data_dir: Path, run_
         on_observation=_nothing,
         on_change=lambda: None,
         run_bridge=run_bridge,
+        follow=run_bridge,
     )
 
 

@@ -134,8 +134,10 @@ def test_no_free_port_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_options_are_told_with_the_provider_and_the_place(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"'mine': options\.clone_deadline: .*; options\.nonsense: Unknown field"):
         open_provider("local", "mine", {"clone_deadline": -1, "nonsense": 1}, data_dir=tmp_path, sink=ignore)
-    with pytest.raises(SettingsError, match="'boxes' is of the kind 'docker'"):
-        open_provider("docker", "boxes", {}, data_dir=tmp_path, sink=ignore)
+    with pytest.raises(SettingsError, match=r"'boxes': options\.ports: Length must be 2"):
+        open_provider("docker", "boxes", {"ports": [20000]}, data_dir=tmp_path, sink=ignore)
+    with pytest.raises(SettingsError, match="'future' is of the kind 'quantum'"):
+        open_provider("quantum", "future", {}, data_dir=tmp_path, sink=ignore)
 
 
 def test_the_registry_opens_local_providers(tmp_path: Path) -> None:
