@@ -187,6 +187,15 @@ def _is_reference(value: Any) -> bool:
     return bool(_ENV_NAME.match(name)) if kind == "env" else kind == "file" and name.startswith("/")
 
 
+class _Flag(fields.Boolean):
+    """true or false, and nothing that looks like them."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
 class _Id(fields.Field[int]):
     """The id of a row."""
 
@@ -208,6 +217,13 @@ class _User(_Id):
 
 
 _few = validate.Length(max=1000)
+_OBJECT = {"type": "object"}
+
+
+def _name() -> fields.String:
+    # The same pattern as OpenAPI can have it.
+    pattern = {"pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
+    return fields.String(required=True, validate=_NAME, metadata=pattern)
 
 
 class LocalServiceSchema(Schema):
@@ -541,13 +557,20 @@ def _wrong_way_in(provider: Mapping[str, Any]) -> dict[str, Any]:
 class ProviderSchema(Schema):
     """An entry of `providers`."""
 
-    name = fields.String(required=True, validate=_NAME)
+    name = _name()
     kind = fields.String(required=True, validate=validate.OneOf(KINDS, error="must be one of: {choices}"))
-    endpoint = fields.String(load_default=None, allow_none=True)
-    options = _Json(load_default=dict)
-    credentials = _References(load_default=dict)
-    enabled = fields.Boolean(load_default=True)
-    default = fields.Boolean(load_default=False)
+    endpoint = fields.String(
+        load_default=None,
+        allow_none=True,
+        metadata={"description": "Where it is, as its kind takes it; null: where the orchestrator's machine leads to."},
+    )
+    options = _Json(load_default=dict, metadata=_OBJECT)
+    credentials = _References(
+        load_default=dict,
+        metadata={**_OBJECT, "description": "Where orchestrators find them: each {env: NAME} or {file: /path}."},
+    )
+    enabled = _Flag(load_default=True)
+    default = _Flag(load_default=False)
 
     @validates_schema
     def _as_the_kind_has_it(self, data: dict[str, Any], **_: Any) -> None:
@@ -571,18 +594,24 @@ class ProviderSchema(Schema):
 class MachineConfigSchema(Schema):
     """An entry of `machine_configs`, as far as it is the same for every kind of provider."""
 
-    name = fields.String(required=True, validate=_NAME)
-    provider = fields.String(required=True, validate=_NAME)
-    default = fields.Boolean(load_default=False)
+    name = _name()
+    provider = _name()
+    default = _Flag(load_default=False)
     cpu = _Cores(load_default=None, allow_none=True)
     memory = _Bytes(load_default=None, allow_none=True)
     disk = _Bytes(load_default=None, allow_none=True)
-    services = _Json(load_default=dict)
-    options = _Json(load_default=dict)
+    services = _Json(load_default=dict, metadata=_OBJECT)
+    options = _Json(load_default=dict, metadata=_OBJECT)
     # Who may use it; both empty: everybody.
-    users = fields.List(_User(), load_default=list, validate=_few)
-    workspaces = fields.List(_Id(), load_default=list, validate=_few)
-    max_sessions = _amount(1, 1_000_000, load_default=None, allow_none=True)
+    users = fields.List(
+        _User(), load_default=list, validate=_few, metadata={"description": "Who may use it: ids or addresses."}
+    )
+    workspaces = fields.List(
+        _Id(), load_default=list, validate=_few, metadata={"description": "In whose projects it may be used: ids."}
+    )
+    max_sessions = _amount(
+        1, 1_000_000, load_default=None, allow_none=True, metadata={"description": "That may run with it at a time."}
+    )
 
     @validates_schema
     def _known_services(self, data: dict[str, Any], **_: Any) -> None:
