@@ -14,7 +14,7 @@ HELM := $(if $(KUBECONFIG),$(if $(shell command -v helm 2>/dev/null),,.venv/helm
 WORKERS ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo demo-deploy test check bench clean
+.PHONY: help run demo demo-deploy test coverage check bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,11 +28,15 @@ demo: .venv/run.stamp ## Watch a session come and go on the running server (REPO
 demo-deploy: .venv/run.stamp ## Watch an app deployed from Git by the running server: it takes Docker (FRONT=URL of a Traefik of yours)
 	@exec $(BIN)/cluster-code demo-deploy $(if $(FRONT),--front '$(FRONT)')
 
-test: .venv/test.stamp ## Run all tests, with coverage (ARGS= for pytest)
+test: .venv/test.stamp ## Run all tests (ARGS= for pytest)
+	@# Those that measure time, or take the whole machine, run one by one when the others are done. 5: nothing was selected.
+	@$(BIN)/python -m pytest -m "not alone" --numprocesses=$(WORKERS) --dist=worksteal $(ARGS) || [ $$? = 5 ]
+	@$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? = 5 ]
+
+coverage: .venv/test.stamp ## Run all tests and show which branches they leave out: it takes half as long again
 	@rm -f .coverage .coverage.*
-	@# Those that measure time run one by one, when the others are done. 5: nothing was selected.
-	@$(BIN)/python -m pytest -m "not alone" --numprocesses=$(WORKERS) --dist=worksteal --cov --cov-report= $(ARGS) || [ $$? = 5 ]
-	@$(BIN)/python -m pytest -m alone --cov --cov-append --cov-report=term $(ARGS) || [ $$? = 5 ]
+	@$(BIN)/python -m pytest -m "not alone" --numprocesses=$(WORKERS) --dist=worksteal --cov --cov-report= $(ARGS)
+	@$(BIN)/python -m pytest -m alone --cov --cov-append --cov-report=term $(ARGS)
 
 check: .venv/test.stamp ## Format, lint, types, layers
 	$(BIN)/ruff format --check .
