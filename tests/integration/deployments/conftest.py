@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import orjson
@@ -16,6 +17,10 @@ from orchestrator.deployments.apps import App
 from orchestrator.deployments.contract import AppSecrets, AppSettings
 from orchestrator.deployments.record import Deployment
 from orchestrator.deployments.secrets import Keyring
+from orchestrator.settings import DatabaseSettings, DeploySettings
+
+if TYPE_CHECKING:
+    from tests.integration.deployments.staged import Stage
 
 KEYS = Keyring(["k" * 42 + "A"])
 
@@ -70,3 +75,12 @@ async def place(pool: Pool) -> Place:
         user = await accounts.register(connection, "ann@example.test", None, "Ann")
         workspace = await connection.fetchval("SELECT id FROM workspaces WHERE personal_user_id = $1", user.id)
     return Place(pool, user.id, workspace)
+
+
+@pytest_asyncio.fixture
+async def stage(place: Place, database_settings: DatabaseSettings, tmp_path: Path) -> Stage:
+    """Where workers can be, with an engine that does what a test says."""
+    from tests.integration.deployments.staged import Stage
+
+    settings = DeploySettings(directory=tmp_path / "deployments", lease=3.0, secrets_key=["k" * 42 + "A"])
+    return Stage(place, database_settings, settings)
