@@ -539,6 +539,16 @@ _WAYS = {
 }
 
 
+def _wrong_tls(provider: Mapping[str, Any]) -> dict[str, Any]:
+    """Certificates are for an engine that is elsewhere, and one that is shown has its key."""
+    given = {"ca", "cert", "key"} & provider["credentials"].keys()
+    if given and not (provider["endpoint"] or "").startswith("tcp://"):
+        return {"credentials": ["ca, cert and key are for an endpoint tcp://host:port"]}
+    if ("cert" in given) != ("key" in given):
+        return {"credentials": ["cert and key go together"]}
+    return {}
+
+
 def _wrong_way_in(provider: Mapping[str, Any]) -> dict[str, Any]:
     """A cluster is reached in one way: by options, by a kubeconfig that is a credential, or by endpoint and token."""
     given, options = provider["credentials"].keys(), provider["options"].keys()
@@ -583,8 +593,10 @@ class ProviderSchema(Schema):
             wrong["endpoint"] = [problem]
         if credentials := {name: [way.names] for name in data["credentials"] if not way.knows(name)}:
             wrong["credentials"] = credentials
-        if data["kind"] == "kubernetes" and not wrong:
+        if not wrong and data["kind"] == "kubernetes":
             wrong = _wrong_way_in(data)
+        elif not wrong and data["kind"] == "docker":
+            wrong = _wrong_tls(data)
         if data["default"] and not data["enabled"]:
             wrong["default"] = ["a provider that is not enabled cannot be the default"]
         if wrong:

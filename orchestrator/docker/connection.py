@@ -48,10 +48,14 @@ class Connection:
 
     All raise ProviderUnavailable (nothing there, no answer in time, hung up, going down) and EngineRefused. Cancelling
     closes the connection, which ends what the engine does for it. Params that are None are left out, others that are
-    no strings are written as JSON. Nothing is opened before the first request.
+    no strings are written as JSON. Nothing is opened before the first request. `tls` is in place of what
+    DOCKER_TLS_VERIFY and DOCKER_CERT_PATH say.
     """
 
-    def __init__(self, host: str = "", *, name: str = "Docker", timeout: float = 15.0) -> None:
+    def __init__(
+        self, host: str = "", *, name: str = "Docker", timeout: float = 15.0, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self._tls = tls
         self.host = host or os.environ.get("DOCKER_HOST") or _local()
         self.name = name
         self.timeout = timeout
@@ -195,7 +199,7 @@ class Connection:
         if self._closed:
             raise ProviderUnavailable(f"The connections to {self.name} at {self.host} are closed.")
         if self._docker is None:
-            base, connector = _connector(self.host)
+            base, connector = _connector(self.host, self._tls)
             self._docker = aiodocker.Docker(base, connector=connector, api_version="v{}.{}".format(*OLDEST))
         return self._docker
 
@@ -370,7 +374,7 @@ def _local() -> str:
     return f"unix://{next((path for path in paths if path.is_socket()), paths[0])}"
 
 
-def _connector(host: str) -> tuple[str, aiohttp.BaseConnector]:
+def _connector(host: str, tls: ssl.SSLContext | None) -> tuple[str, aiohttp.BaseConnector]:
     """The URL that requests begin with, and what connects. Raises ProviderUnavailable: a host that is none."""
     # Streams take a connection each, so their number has no bound.
     if host.startswith("unix://"):
@@ -381,7 +385,9 @@ def _connector(host: str) -> tuple[str, aiohttp.BaseConnector]:
         url = URL()
     if url.scheme not in ("tcp", "http", "https") or not url.host:
         raise ProviderUnavailable(f"{host!r} is no Docker host: give unix:///path or tcp://host:port.")
-    context = _tls() if url.scheme == "https" or os.environ.get("DOCKER_TLS_VERIFY") else None
+    context = tls
+    if context is None and (url.scheme == "https" or os.environ.get("DOCKER_TLS_VERIFY")):
+        context = _tls()
     port = url.explicit_port or (2376 if context else 2375)
     base = URL.build(scheme="https" if context else "http", host=url.host, port=port)
     connector = aiohttp.TCPConnector(limit=0, ssl=context or True, socket_factory=_socket)

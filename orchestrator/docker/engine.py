@@ -10,6 +10,7 @@ await engine.close()
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -46,14 +47,16 @@ class EngineInfo:
 class Engine:
     """The engine at `host`: `unix:///path`, `tcp://host:port`, or "" for DOCKER_HOST, else the socket of this machine.
 
-    TLS goes by DOCKER_TLS_VERIFY and DOCKER_CERT_PATH, as with docker's own client. `name` is what people call it;
-    `timeout` (seconds) bounds each answer. Every method raises ProviderUnavailable (it cannot be reached, does not
-    answer in time, hangs up) and EngineRefused (it did answer). Cancelling any of them gives its connection up. Nothing
-    is opened before it is needed; `close` it in the end.
+    TLS goes by `tls`, else by DOCKER_TLS_VERIFY and DOCKER_CERT_PATH, as with docker's own client. `name` is what
+    people call it; `timeout` (seconds) bounds each answer. Every method raises ProviderUnavailable (it cannot be
+    reached, does not answer in time, hangs up) and EngineRefused (it did answer). Cancelling any of them gives its
+    connection up. Nothing is opened before it is needed; `close` it in the end.
     """
 
-    def __init__(self, host: str = "", *, name: str = "Docker", timeout: float = 15.0) -> None:
-        self.connection = Connection(host, name=name, timeout=timeout)
+    def __init__(
+        self, host: str = "", *, name: str = "Docker", timeout: float = 15.0, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.connection = Connection(host, name=name, timeout=timeout, tls=tls)
         self.containers = Containers(self.connection)
         self.networks = Networks(self.connection)
         self.volumes = Volumes(self.connection)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cluster.tls import Tls
 from orchestrator.errors import SettingsError
 from orchestrator.providers import kubeconfig
 from orchestrator.providers.contract import LogSink, Provider
@@ -44,9 +46,18 @@ def open_provider(
         from orchestrator.providers.docker import DockerProvider
 
         loaded = DockerOptions.load({**schemes, **options}, provider=name)
-        engine = Engine(endpoint or "", name=name, timeout=loaded.request_timeout)
-        return DockerProvider(name, loaded, engine, directory=data_dir, sink=sink, registries=credentials)
+        found = credentials or {}
+        engine = Engine(endpoint or "", name=name, timeout=loaded.request_timeout, tls=_tls(name, found))
+        return DockerProvider(name, loaded, engine, directory=data_dir, sink=sink, registries=found)
     raise SettingsError(
         f"The provider {name!r} is of the kind {kind!r}, which this version cannot run:"
         " known are 'local', 'docker' and 'kubernetes'."
     )
+
+
+def _tls(name: str, credentials: Mapping[str, str]) -> ssl.SSLContext | None:
+    """That of the credentials; None where they say nothing of it. Raises ProviderUnavailable: it cannot be used."""
+    ca, cert, key = (value.encode() if (value := credentials.get(one)) else None for one in ("ca", "cert", "key"))
+    if ca is None and cert is None:
+        return None
+    return Tls(ca, certificate=cert, key=key).context(f"The credentials of the provider {name!r}")
