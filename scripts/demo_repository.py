@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from aiohttp import web
 
 from orchestrator.errors import ClusterCodeError
 
@@ -48,39 +50,49 @@ class Repository:
 
 @asynccontextmanager
 async def served(files: Mapping[str, str], message: str = "A page to look at") -> AsyncIterator[Repository]:
-    """A repository with a commit of these files, by name, behind `git daemon` on 127.0.0.1. Raises DemoFailed."""
+    """A repository with a commit of these files, by name, served over HTTP on 127.0.0.1. Raises DemoFailed."""
     with tempfile.TemporaryDirectory(prefix="cluster-code-demo-") as folder:
         base = Path(folder)
         (base / "demo").mkdir()
         await _git(base / "demo", "init", "--quiet", "--initial-branch=main")
-        port = free_port()
-        repository = Repository(f"git://127.0.0.1:{port}/demo", base / "demo")
-        await repository.commit(files, message)
-        # Not through `git daemon`, which would start it as a child that outlives a killed parent.
-        program = (await _git(base, "--exec-path")).strip() + "/git-daemon"
-        with (base / "daemon.log").open("wb") as output:
-            daemon = await asyncio.create_subprocess_exec(
-                *dies_with_us(), program, "--reuseaddr", "--export-all", "--informative-errors",
-                "--listen=127.0.0.1", f"--port={port}", f"--base-path={base}", str(base),
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", partial(_answer, base))
+        runner = web.AppRunner(app)
+        await runner.setup()
         try:
-            await _until_it_answers(daemon, port, base / "daemon.log")
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            repository = Repository(f"http://127.0.0.1:{runner.addresses[0][1]}/demo", base / "demo")
+            await repository.commit(files, message)
             yield repository
         finally:
-            await _end(daemon)
+            await runner.cleanup()
 
 
-async def _end(daemon: asyncio.subprocess.Process) -> None:
-    """Ask it to end; kill it, with whatever it has started, when it does not."""
-    with suppress(ProcessLookupError):
-        daemon.terminate()
-    try:
-        async with asyncio.timeout(2):
-            await daemon.wait()
-    except TimeoutError:
-        os.killpg(daemon.pid, signal.SIGKILL)
-        await daemon.wait()
+async def _answer(base: Path, request: web.Request) -> web.Response:
+    """What git's own server says: git-http-backend(1), a CGI program."""
+    environment = {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "GIT_PROJECT_ROOT": str(base),
+        "GIT_HTTP_EXPORT_ALL": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_SYSTEM": os.devnull,
+        "REQUEST_METHOD": request.method,
+        "PATH_INFO": f"/{request.match_info['path']}",
+        "QUERY_STRING": request.query_string,
+        "CONTENT_TYPE": request.headers.get("Content-Type", ""),
+        "HTTP_CONTENT_ENCODING": request.headers.get("Content-Encoding", ""),
+        "GIT_PROTOCOL": request.headers.get("Git-Protocol", ""),
+    }
+    backend = await asyncio.create_subprocess_exec(
+        *dies_with_us(), "git", "http-backend",
+        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    output, _ = await backend.communicate(await request.read())
+    head, _, body = output.partition(b"\r\n\r\n")
+    headers = dict(line.split(": ", 1) for line in head.decode(errors="replace").splitlines() if ": " in line)
+    status = int(headers.pop("Status", "200").split()[0])
+    return web.Response(status=status, headers=headers, body=body)
 
 
 async def _git(folder: Path, *arguments: str) -> str:
@@ -98,24 +110,6 @@ async def _git(folder: Path, *arguments: str) -> str:
     if git.returncode != 0:
         raise DemoFailed(f"git {arguments[0]} failed: {output.decode(errors='replace').strip()}")
     return output.decode()
-
-
-async def _until_it_answers(daemon: asyncio.subprocess.Process, port: int, output: Path) -> None:
-    for _ in range(200):
-        if daemon.returncode is not None:
-            raise DemoFailed(f"git daemon does not start: {_said(output)}. Name a repository by REPO=URL instead")
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:
-            await asyncio.sleep(0.05)
-        else:
-            writer.close()
-            return
-    raise DemoFailed("git daemon does not answer. Name a repository by REPO=URL instead")
-
-
-def _said(output: Path) -> str:
-    return output.read_text(errors="replace").strip() or "it said nothing"
 
 
 def free_port() -> int:
