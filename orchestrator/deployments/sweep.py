@@ -1,0 +1,180 @@
+"""What nobody's deployment looks after: leftovers at the engine, apps that are gone from it, old images, a full disk.
+
+What is looked at is listed before the database is asked what is wanted, so that nothing which was made meanwhile is
+taken for a leftover. An app that somebody works on is left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from orchestrator.database import Pool
+from orchestrator.deployments import gate, labels, record, release
+from orchestrator.deployments.contract import Image, StepFailed, Task
+from orchestrator.deployments.release import deployment_of
+from orchestrator.deployments.secrets import Keyring
+from orchestrator.docker import labels as marks
+from orchestrator.docker.engine import Engine
+from orchestrator.errors import EngineRefused, Invalid, NotFound, SecretsUnreadable
+from orchestrator.settings import DeploySettings
+
+log = structlog.get_logger("deployments")
+
+# Seconds. A build that is under way has images without a name, too.
+_UNNAMED = 3600
+# What no build has used for a week is not kept.
+_CACHE_AGE = "168h"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What an app keeps at the engine. `live`: the deployment that serves."""
+
+    keep_images: int
+    live: int | None
+    # Somebody works on it, or it waits to be removed.
+    busy: bool
+
+
+async def sweep(engine: Engine, pool: Pool, keys: Keyring, settings: DeploySettings) -> None:
+    """Make the engine agree with the database, once. One orchestrator at a time may do this.
+
+    Removes containers and images of apps and deployments that are no more, runs those again that serve and are gone,
+    and prunes images and what was kept for builds. Raises ProviderUnavailable, EngineRefused and what the database
+    raises; an app that cannot be run is logged.
+    """
+    containers = await engine.containers.list(labels.ours(settings))
+    images = await engine.images.list(labels.ours(settings))
+    apps = await kept(pool)
+    await _remove_leftovers(engine, containers, apps)
+    there = {deployment_of(found) for found in containers}
+    for app_id, app in apps.items():
+        if app.live is not None and not app.busy and app.live not in there:
+            await _run_again(engine, pool, keys, settings, app_id, app.live)
+    await _remove_images(engine, images, apps, settings)
+    filters = {"until": [_CACHE_AGE]}
+    await engine.json("POST", "/build/prune", params={"all": True, "filters": filters}, timeout=120.0)
+
+
+async def kept(pool: Pool) -> dict[int, Kept]:
+    """What each app keeps, by its id."""
+    rows = await pool.fetch(
+        """SELECT apps.id, (settings ->> 'keep_images')::integer AS keep_images,
+                  (SELECT id FROM deployments WHERE app_id = apps.id AND status = 'live') AS live,
+                  deleting OR EXISTS (SELECT FROM deployments WHERE app_id = apps.id AND finished_at IS NULL
+                                         AND status <> 'queued') AS busy
+             FROM apps"""
+    )
+    return {row["id"]: Kept(row["keep_images"] or 1, row["live"], row["busy"]) for row in rows}
+
+
+async def require_room(engine: Engine, settings: DeploySettings) -> None:
+    """Raise StepFailed (`DiskFull`) if the engine's disk has too little room for a build.
+
+    An engine on another machine, or one whose folder is not to be seen from here, is not asked.
+    """
+    folder = (await engine.info()).root_dir
+    try:
+        if not engine.host.startswith("unix://"):
+            raise FileNotFoundError
+        disk = await asyncio.to_thread(os.statvfs, folder)
+    except OSError:
+        log.debug("disk not seen", host=engine.host, folder=folder)
+        return
+    free = disk.f_bavail * disk.f_frsize
+    if free < settings.free_bytes:
+        raise StepFailed(
+            "DiskFull",
+            f"The Docker engine's disk has {_gib(free)} free, and a build needs {_gib(settings.free_bytes)}: ask an"
+            " operator to make room.",
+        )
+
+
+async def _remove_leftovers(engine: Engine, containers: list[dict[str, Any]], apps: Mapping[int, Kept]) -> None:
+    serving = {deployment_of(found) for found in containers if await _serves(engine, found)}
+    leftovers = []
+    for found in containers:
+        deployment, app = deployment_of(found), apps.get(_app(found))
+        if app is not None and (app.busy or deployment == app.live):
+            continue
+        # What serves is not taken away while the one in its place does not.
+        if app is not None and app.live is not None and app.live not in serving and deployment in serving:
+            continue
+        leftovers.append(found)
+    if leftovers:
+        log.info("removing leftovers", containers=[found["Names"][0].removeprefix("/") for found in leftovers])
+        await release.retire(engine, [found["Id"] for found in leftovers])
+
+
+async def _serves(engine: Engine, found: dict[str, Any]) -> bool:
+    return found["State"] == "running" and gate.is_open(await engine.containers.inspect(found["Id"]))
+
+
+async def _run_again(
+    engine: Engine, pool: Pool, keys: Keyring, settings: DeploySettings, app_id: int, deployment_id: int
+) -> None:
+    try:
+        task, image = await _recipe(pool, keys, deployment_id)
+        log.warning("running again what is gone", container=task.container)
+        container = await release.run(engine, task, image, settings)
+        await release.probe(engine, task, container, settings)
+        # Another may have taken its place meanwhile.
+        now = (await kept(pool)).get(app_id)
+        if now is not None and now.live == deployment_id and not now.busy:
+            await release.swap(engine, task, container, settings)
+    except (StepFailed, EngineRefused, Invalid, SecretsUnreadable, NotFound) as error:
+        log.error("cannot be run again", deployment=deployment_id, error=str(error))
+
+
+async def _recipe(pool: Pool, keys: Keyring, deployment_id: int) -> tuple[Task, Image]:
+    async with pool.acquire() as connection:
+        deployment = await record.get(connection, deployment_id)
+        if deployment is None or not deployment.image or not deployment.image_id:
+            raise NotFound(f"Deployment {deployment_id} has no image.")
+        settings, secrets = await record.recipe(connection, deployment, keys)
+    task = Task(
+        app_id=deployment.app_id,
+        app_name=deployment.app_name,
+        workspace_id=deployment.workspace_id,
+        deployment_id=deployment.id,
+        number=deployment.number,
+        repo_url=deployment.repo_url,
+        branch=deployment.branch,
+        commit_id=deployment.commit_id,
+        settings=settings,
+        secrets=secrets,
+        directory=Path(os.devnull),
+        # Its log was closed when it had gone live; an app's output does not belong into ours.
+        say=lambda _: None,
+    )
+    return task, Image(deployment.image, deployment.image_id)
+
+
+async def _remove_images(
+    engine: Engine, images: list[dict[str, Any]], apps: Mapping[int, Kept], settings: DeploySettings
+) -> None:
+    for app_id, app in apps.items():
+        if not app.busy and any(_app(image) == app_id for image in images):
+            await release.prune(engine, settings, app_id, app.keep_images, {app.live} if app.live else set())
+    long_ago = time.time() - _UNNAMED
+    for image in images:
+        unnamed = not any(name != "<none>:<none>" for name in image.get("RepoTags") or [])
+        if _app(image) not in apps or (unnamed and image["Created"] < long_ago):
+            await release.remove_image(engine, image)
+
+
+def _app(found: Mapping[str, Any]) -> int:
+    said = (found.get("Labels") or {}).get(marks.APP, "")
+    return int(said) if said.isascii() and said.isdecimal() else -1
+
+
+def _gib(count: int) -> str:
+    return f"{count / (1 << 30):.1f} GiB"
