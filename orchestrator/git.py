@@ -1,4 +1,4 @@
-"""Cloning a repository that a user names, by git, which is made to ask nobody and run nothing but itself.
+"""Repositories that users name, through git, which is made to ask nobody and run nothing but itself.
 
 The URL and the branch are checked here whoever checked them before: git takes what begins with a dash for an option,
 and `ext::…` for a command (gitremote-helpers(7), git-remote-ext(1)). Credentials in a URL are handed over in the
@@ -12,13 +12,13 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from orchestrator.children.output import Stream, drain, open_pipe
+from orchestrator.children.output import Capture, Pipe, Stream, drain, open_pipe
 from orchestrator.children.processes import Limits, Selection, end, ending, spawn
 from orchestrator.errors import ProviderFailure
 
@@ -39,7 +39,7 @@ _PROGRESS_EVERY = 1.0
 
 # What git and what it runs say in the C locale, and what it means; the first that is found counts.
 _CAUSES = {
-    "BranchNotFound": r"remote branch .* not found",
+    "BranchNotFound": r"remote branch .* not found|couldn't find remote ref",
     "SchemeRefused": r"transport '.*' not allowed",
     "DiskFull": r"no space left on device|disk quota exceeded|file too large",
     "HostUnreachable": (
@@ -56,16 +56,16 @@ _CAUSES = {
     ),
 }
 _SENTENCES = {
-    "BranchNotFound": "The branch {branch} does not exist in {url}: correct the project's branch.",
+    "BranchNotFound": "The branch {branch} does not exist in {url}: correct its name.",
     "SchemeRefused": "Repositories are not cloned over the scheme of {url}.",
     "DiskFull": "There is no room left for the clone of {url}.",
-    "HostUnreachable": "The host of {url} cannot be reached ({last}): check the project's repository URL.",
+    "HostUnreachable": "The host of {url} cannot be reached ({last}): check the repository's URL.",
     "AuthenticationNeeded": "{url} does not exist, or wants credentials that were not given or are wrong ({last}).",
     "RepositoryNotFound": "There is no repository at {url}, or it may not be read ({last}).",
     "CloneFailed": "{url} cannot be cloned: {last}",
 }
-# A server that only hands out files cannot cut the history (gitprotocol-http(5), "dumb").
-_NOT_SHALLOW = re.compile(r"does not support shallow", re.IGNORECASE)
+_NONE: Mapping[str, str] = {}
+_UNLIMITED = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,11 @@ class Repository:
 def parse(url: str, schemes: Collection[str]) -> Repository:
     """A repository that may be cloned. Raises ProviderFailure, which does not repeat the URL."""
     if not url or url.startswith("-") or not url.isprintable() or " " in url or "\\" in url:
-        raise ProviderFailure("InvalidRepository", "The project's repository URL is not well-formed.")
+        raise ProviderFailure("InvalidRepository", "The repository's URL is not well-formed.")
     if "://" not in url:
         if not _SHORT_SSH.match(url):
             raise ProviderFailure(
-                "InvalidRepository", "The project's repository must be a URL such as https://host/path."
+                "InvalidRepository", "The repository must be given by a URL such as https://host/path."
             )
         _allow("ssh", schemes)
         return Repository(url)
@@ -107,15 +107,15 @@ def parse(url: str, schemes: Collection[str]) -> Repository:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError as error:
-        raise ProviderFailure("InvalidRepository", "The project's repository URL is not well-formed.") from error
+        raise ProviderFailure("InvalidRepository", "The repository's URL is not well-formed.") from error
     _allow(parts.scheme, schemes)
     if not _URL.match(url):
-        raise ProviderFailure("InvalidRepository", "The project's repository URL is not well-formed.")
+        raise ProviderFailure("InvalidRepository", "The repository's URL is not well-formed.")
     if parts.scheme != "file" and not _HOST.match(host):
-        raise ProviderFailure("InvalidRepository", "The project's repository URL has no host that may be used.")
+        raise ProviderFailure("InvalidRepository", "The repository's URL has no host that may be used.")
     username, password = unquote(parts.username or ""), unquote(parts.password or "")
     if "\n" in username + password or "\0" in username + password or username.startswith("-"):
-        raise ProviderFailure("InvalidRepository", "The user in the project's repository URL may not be used.")
+        raise ProviderFailure("InvalidRepository", "The user in the repository's URL may not be used.")
     place = (f"[{host}]" if ":" in host else host) + (f":{port}" if port is not None else "")
     if parts.scheme == "ssh" and parts.username:
         # Not secret, and needed: `git@`.
@@ -126,9 +126,7 @@ def parse(url: str, schemes: Collection[str]) -> Repository:
 def _allow(scheme: str, schemes: Collection[str]) -> None:
     if scheme not in schemes:
         allowed = ", ".join(schemes)
-        raise ProviderFailure(
-            "SchemeRefused", f"Repositories are cloned over {allowed} only: change the project's URL."
-        )
+        raise ProviderFailure("SchemeRefused", f"Repositories are cloned over {allowed} only: change its URL.")
 
 
 def check_branch(branch: str) -> None:
@@ -140,7 +138,138 @@ def check_branch(branch: str) -> None:
         or branch == "@"
         or _NOT_IN_BRANCH.search(branch)
     ):
-        raise ProviderFailure("InvalidBranch", "The project's branch is no name that git allows for a branch.")
+        raise ProviderFailure("InvalidBranch", "The name of the branch is none that git allows.")
+
+
+@dataclass(frozen=True, slots=True)
+class Git:
+    """git, as it runs for one repository: the remote `origin` of whatever it works in."""
+
+    repository: Repository
+    schemes: Collection[str]
+    # What the processes are marked with, so that they are found again.
+    markers: Mapping[str, str]
+    home: Path
+    # Where ssh keeps the keys of hosts: a host's first is believed.
+    known_hosts: Path
+    ssh_key: str | None = None
+    limits: Limits = _UNLIMITED
+
+    async def run(
+        self, *arguments: str, cwd: Path, say: Callable[[str], None] | None = None, settings: Mapping[str, str] = _NONE
+    ) -> str | None:
+        """Run git once; None when it succeeded, else what it said (its last 50 lines).
+
+        `say` takes each line of progress, `settings` go over ours. However it ends, cancelled too, no process of it is
+        left. Raises ProviderFailure when git is not installed.
+        """
+        kept: deque[str] = deque(maxlen=50)
+        progress = _Progress(say, asyncio.get_running_loop().time) if say else None
+
+        def line(text: str) -> None:
+            text = self.repository.hide(text).strip()
+            if text and not text.startswith("Cloning into "):
+                kept.append(text)
+                if progress is not None:
+                    progress(text)
+
+        stream, write = await open_pipe(partial(Stream, line, lambda lines: None, separators=b"\n\r"))
+        returncode = await self._spawn(arguments, cwd, settings, stream, write, write)
+        if returncode == 0:
+            return None
+        return "\n".join(kept) or f"git {ending(returncode)}"
+
+    async def read(self, *arguments: str, cwd: Path, limit: int = 1 << 20) -> bytes | None:
+        """What git prints, its first `limit` bytes; None when it fails. Raises and ends like `run`."""
+        output, write = await open_pipe(partial(Capture, limit))
+        returncode = await self._spawn(arguments, cwd, _NONE, output, write, asyncio.subprocess.DEVNULL)
+        return output.output if returncode == 0 else None
+
+    async def _spawn(
+        self, arguments: Sequence[str], cwd: Path, settings: Mapping[str, str], pipe: Pipe, stdout: int, stderr: int
+    ) -> int:
+        """Run git and read all that it writes to the pipe, whose end `stdout` is closed here."""
+        try:
+            git = shutil.which("git")
+            if git is None:
+                raise ProviderFailure("GitMissing", "git is not installed on the orchestrator: tell an operator.")
+        except ProviderFailure:
+            os.close(stdout)
+            pipe.close()
+            raise
+        try:
+            try:
+                process = await spawn(
+                    [git, *self._settings(settings), *arguments],
+                    cwd=cwd, env=self._environment(), stdout=stdout, stderr=stderr, limits=self.limits,
+                )  # fmt: skip
+            finally:
+                os.close(stdout)
+            return await process.wait()
+        finally:
+            await end(Selection(self.markers), grace=0)
+            await drain(pipe, timeout=1)
+
+    def _settings(self, more: Mapping[str, str]) -> Iterator[str]:
+        settings = {
+            # Nothing of the repository's, the user's or the machine's runs.
+            "core.hooksPath": "/dev/null",
+            "core.fsmonitor": "false",
+            "protocol.ext.allow": "never",
+            "credential.helper": "",
+            "advice.detachedHead": "false",
+            "gc.auto": "0",
+            **more,
+        }
+        if self.repository.password or self._http_user:
+            # Only for the host that was named, not for one that it redirects to.
+            parts = urlsplit(self.repository.url)
+            settings[f"credential.{parts.scheme}://{parts.netloc}.helper"] = (
+                '!f() { test "$1" = get && printf "username=%s\\npassword=%s\\n" "$CLONE_USER" "$CLONE_PASSWORD"; }; f'
+            )
+        for name, value in settings.items():
+            yield "-c"
+            yield f"{name}={value}"
+
+    @property
+    def _http_user(self) -> str:
+        return self.repository.username if self.repository.url.startswith("http") else ""
+
+    def _environment(self) -> dict[str, str]:
+        ssh = [
+            "ssh", "-F", "/dev/null", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15",
+            "-o", "StrictHostKeyChecking=accept-new", "-o", f"UserKnownHostsFile={self.known_hosts}",
+            "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none",
+            "-o", f"IdentityFile={self.ssh_key or '/dev/null'}",
+        ]  # fmt: skip
+        environment = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "HOME": str(self.home),
+            "LC_ALL": "C",
+            "GIT_TERMINAL_PROMPT": "0",
+            "GIT_ALLOW_PROTOCOL": ":".join(self.schemes),
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CONFIG_GLOBAL": "/dev/null",
+            "GIT_LFS_SKIP_SMUDGE": "1",
+            "GIT_SSH_COMMAND": " ".join(f"'{word}'" if "=" in word else word for word in ssh),
+            "GIT_SSH_VARIANT": "ssh",
+            # Not an argument: its query may be secret.
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": "remote.origin.url",
+            "GIT_CONFIG_VALUE_0": self.repository.url,
+            **{name: os.environ[name] for name in _NETWORK if name in os.environ},
+            **self.markers,
+        }
+        if self._http_user or self.repository.password:
+            environment["CLONE_USER"] = self.repository.username
+            environment["CLONE_PASSWORD"] = self.repository.password
+        return environment
+
+    def failure(self, said: str, *, branch: str | None, target: Path) -> ProviderFailure:
+        """The classified cause, in a sentence. `target` is where the clone was to be, which is nobody's business."""
+        reason, telling = classify(said.replace(str(target), "the workspace"))
+        sentence = _SENTENCES[reason].format(branch=repr(branch), url=self.repository, last=telling[:300])
+        return ProviderFailure(reason, sentence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,70 +294,22 @@ class Clone:
         Raises ProviderFailure with the classified cause. However it ends, cancelled too, no process of it is left;
         `target` may be left, unfinished, by all but success.
         """
-        git = shutil.which("git")
-        if git is None:
-            raise ProviderFailure("GitMissing", "git is not installed where the sessions run: tell an operator.")
+        git = Git(
+            self.repository, self.schemes, self.markers, self.home, self.home / ".ssh-known-hosts", self.ssh_key,
+            Limits(file_bytes=self.file_bytes),
+        )  # fmt: skip
         try:
             async with asyncio.timeout(self.deadline):
-                said = await self._run(git, say, shallow=True)
-                if said and _NOT_SHALLOW.search(said):
+                said = await git.run(*self._arguments(shallow=True), cwd=self.target.parent, say=say)
+                if said and not_shallow(said):
                     await asyncio.to_thread(shutil.rmtree, self.target, ignore_errors=True)
-                    said = await self._run(git, say, shallow=False)
+                    said = await git.run(*self._arguments(shallow=False), cwd=self.target.parent, say=say)
         except TimeoutError as error:
-            raise ProviderFailure(
-                "CloneTimeout",
-                f"{self.repository} could not be cloned within {self.deadline:g} s: it does not answer, or is too big.",
-            ) from error
+            raise too_slow(self.repository, self.deadline) from error
         if said is not None:
-            raise self._failure(said)
-
-    async def _run(self, git: str, say: Callable[[str], None], *, shallow: bool) -> str | None:
-        """Run git once; None when it succeeded, else what it said."""
-        kept: deque[str] = deque(maxlen=50)
-        progress = _Progress(say, asyncio.get_running_loop().time)
-
-        def line(text: str) -> None:
-            text = self.repository.hide(text).strip()
-            if text and not text.startswith("Cloning into "):
-                kept.append(text)
-                progress(text)
-
-        stream, write = await open_pipe(partial(Stream, line, lambda lines: None, separators=b"\n\r"))
-        try:
-            try:
-                process = await spawn(
-                    [git, *self._arguments(shallow=shallow)],
-                    cwd=self.target.parent, env=self._environment(), stdout=write, stderr=write,
-                    limits=Limits(file_bytes=self.file_bytes),
-                )  # fmt: skip
-            finally:
-                os.close(write)
-            returncode = await process.wait()
-        finally:
-            await end(Selection(self.markers), grace=0)
-            await drain(stream, timeout=1)
-        if returncode == 0:
-            return None
-        return "\n".join(kept) or f"git {ending(returncode)}"
+            raise git.failure(said, branch=self.branch, target=self.target)
 
     def _arguments(self, *, shallow: bool) -> Iterator[str]:
-        settings = {
-            # Nothing of the repository's, the user's or the machine's runs.
-            "core.hooksPath": "/dev/null",
-            "core.fsmonitor": "false",
-            "protocol.ext.allow": "never",
-            "credential.helper": "",
-            "advice.detachedHead": "false",
-        }
-        if self.repository.password or self._http_user:
-            # Only for the host that was named, not for one that it redirects to.
-            parts = urlsplit(self.repository.url)
-            settings[f"credential.{parts.scheme}://{parts.netloc}.helper"] = (
-                '!f() { test "$1" = get && printf "username=%s\\npassword=%s\\n" "$CLONE_USER" "$CLONE_PASSWORD"; }; f'
-            )
-        for name, value in settings.items():
-            yield "-c"
-            yield f"{name}={value}"
         yield from ("clone", "--progress", "--template=", "--no-tags", "--single-branch")
         if shallow:
             yield from ("--depth", "1")
@@ -236,41 +317,21 @@ class Clone:
             yield from ("--branch", self.branch)
         yield from ("--", self.repository.url, str(self.target))
 
-    @property
-    def _http_user(self) -> str:
-        return self.repository.username if self.repository.url.startswith("http") else ""
 
-    def _environment(self) -> dict[str, str]:
-        ssh = [
-            "ssh", "-F", "/dev/null", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15",
-            "-o", "StrictHostKeyChecking=accept-new", "-o", f"UserKnownHostsFile={self.home / '.ssh-known-hosts'}",
-            "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none",
-            "-o", f"IdentityFile={self.ssh_key or '/dev/null'}",
-        ]  # fmt: skip
-        environment = {
-            "PATH": os.environ.get("PATH", os.defpath),
-            "HOME": str(self.home),
-            "LC_ALL": "C",
-            "GIT_TERMINAL_PROMPT": "0",
-            "GIT_ALLOW_PROTOCOL": ":".join(self.schemes),
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_CONFIG_GLOBAL": "/dev/null",
-            "GIT_LFS_SKIP_SMUDGE": "1",
-            "GIT_SSH_COMMAND": " ".join(f"'{word}'" if "=" in word else word for word in ssh),
-            "GIT_SSH_VARIANT": "ssh",
-            **{name: os.environ[name] for name in _NETWORK if name in os.environ},
-            **self.markers,
-        }
-        if self._http_user or self.repository.password:
-            environment["CLONE_USER"] = self.repository.username
-            environment["CLONE_PASSWORD"] = self.repository.password
-        return environment
+def too_slow(repository: Repository, deadline: float) -> ProviderFailure:
+    """The failure of a clone that took longer than `deadline` seconds."""
+    return ProviderFailure(
+        "CloneTimeout",
+        f"{repository} could not be cloned within {deadline:g} s: it does not answer, or is too big.",
+    )
 
-    def _failure(self, said: str) -> ProviderFailure:
-        # git names the directory that it writes to, which is nobody's business.
-        reason, telling = classify(said.replace(str(self.target), "the workspace"))
-        sentence = _SENTENCES[reason].format(branch=repr(self.branch), url=self.repository, last=telling[:300])
-        return ProviderFailure(reason, sentence)
+
+def not_shallow(said: str) -> bool:
+    """Whether git failed because the server cannot cut the history.
+
+    One that only hands out files cannot (gitprotocol-http(5), "dumb").
+    """
+    return "does not support shallow" in said.lower()
 
 
 def classify(said: str) -> tuple[str, str]:

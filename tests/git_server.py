@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import os
 import subprocess
 from collections.abc import AsyncIterator, Mapping
@@ -125,6 +126,8 @@ class GitServer:
         # Names of repositories about which nothing is ever answered, and whose packs never end.
         self.silent: set[str] = set()
         self.endless: set[str] = set()
+        # Names of those whose files are handed out as they are (gitprotocol-http(5), "dumb").
+        self.plain: set[str] = set()
         # Requests so far as (method, path, Authorization), and whether one is being kept waiting.
         self.requests: list[tuple[str, str, str]] = []
         self.waiting = asyncio.Event()
@@ -181,6 +184,9 @@ class GitServer:
             return refusal
         if not (self._folder / name).is_dir():
             return web.Response(status=404)
+        if name in self.plain:
+            file = self._folder / name / ".git" / request.match_info["path"]
+            return web.FileResponse(file) if file.is_file() else web.Response(status=404)
         body = await request.read()
         if name in self.endless and (b"command=fetch" in body or b"want " in body):
             return await self._never_end(request)
@@ -246,7 +252,7 @@ class GitServer:
     async def _large_batch(self, request: web.Request) -> web.StreamResponse:
         if refusal := self._refuses(request):
             return refusal
-        wanted = (await request.json(content_type=None))["objects"]
+        wanted = json.loads(await request.read())["objects"]
         answer = [
             {
                 **one,

@@ -130,6 +130,8 @@ class Source:
     commit_id: str
     # The first line of its message.
     subject: str
+    # When it was committed, in seconds of the epoch: the time of the files in the build context.
+    committed_at: int = 0
 
 
 @dataclass(frozen=True, slots=True)

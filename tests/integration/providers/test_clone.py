@@ -87,7 +87,7 @@ async def test_a_workspace_that_began_empty_takes_a_repository_later(
 async def test_a_branch_that_does_not_exist_is_told(provider: LocalProvider, heard: Heard, git_url: str) -> None:
     told = await failure(provider, heard, repo_url=f"{git_url}/project", branch="no;$(such)")
     assert told.reason == "BranchNotFound"
-    assert str(told) == (f"The branch 'no;$(such)' does not exist in {git_url}/project: correct the project's branch.")
+    assert str(told) == (f"The branch 'no;$(such)' does not exist in {git_url}/project: correct its name.")
 
 
 async def test_a_repository_that_does_not_exist_is_told(

@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator import git
 from orchestrator.errors import ProviderFailure
-from orchestrator.git import Clone, Repository, check_branch, classify, parse
+from orchestrator.git import Clone, Git, Repository, check_branch, classify, parse
 
 SCHEMES = ("https", "http", "ssh", "git")
 
@@ -135,12 +135,11 @@ def test_git_is_told_to_run_nothing_and_ask_nobody(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("DATABASE_URL", "postgresql://secret")
     monkeypatch.setenv("https_proxy", "http://proxy:1")
     repository = parse("https://user:password@host/x", SCHEMES)
-    clone = Clone(repository, "main", tmp_path / "target", SCHEMES, 1.0, {"MARK": "1"}, tmp_path, ssh_key="/k y")
-    arguments = list(clone._arguments(shallow=True))
-    assert arguments[-3:] == ["--", "https://host/x", str(tmp_path / "target")]
+    git = Git(repository, SCHEMES, {"MARK": "1"}, tmp_path, tmp_path / "hosts", ssh_key="/k y")
+    arguments = list(git._settings({}))
     assert "password" not in " ".join(arguments).replace("password=%s", "").replace("CLONE_PASSWORD", "")
     assert any(argument.startswith("credential.https://host.helper=") for argument in arguments)
-    environment = clone._environment()
+    environment = git._environment()
     assert environment["GIT_ALLOW_PROTOCOL"] == "https:http:ssh:git"
     assert environment["GIT_TERMINAL_PROMPT"] == "0"
     assert environment["CLONE_PASSWORD"] == "password"
@@ -148,6 +147,11 @@ def test_git_is_told_to_run_nothing_and_ask_nobody(tmp_path: Path, monkeypatch: 
     assert "'IdentityFile=/k y'" in environment["GIT_SSH_COMMAND"]
     assert "DATABASE_URL" not in environment
     assert environment["MARK"] == "1"
+
+
+def test_the_url_of_a_clone_is_no_option(tmp_path: Path) -> None:
+    clone = Clone(parse("https://host/x", SCHEMES), "main", tmp_path / "target", SCHEMES, 1.0, {}, tmp_path)
+    assert list(clone._arguments(shallow=True))[-3:] == ["--", "https://host/x", str(tmp_path / "target")]
 
 
 async def test_a_missing_git_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
