@@ -29,6 +29,9 @@ TAGS = {
     "workspaces": "Tenants and their members.",
     "projects": "What sessions are made for: a Git repository and its environment.",
     "sessions": "Development environments, one for each project.",
+    "apps": "What is deployed from Git, and with what.",
+    "deployments": "What was deployed, is being deployed or waits for it.",
+    "hooks": "What Git hosts send.",
     "connections": "Who is connected, and by which token.",
     "machines": "Where sessions can run, and in which sizes.",
     "health": "For probes and operators.",
@@ -106,12 +109,14 @@ def _describe(route: web.RouteDef, declared: Operation) -> dict[str, Any]:
         "responses": {str(status): _answer(status, schema) for status, schema in declared.answers.items()},
     }
     for media_type, schema in declared.formats.items():
-        described["responses"]["200"]["content"][media_type] = {"schema": schema or {"type": "string"}}
+        described["responses"]["200"].setdefault("content", {})[media_type] = {"schema": schema or {"type": "string"}}
     problem = {"application/problem+json": {"schema": Problem}}
     described["responses"]["4XX"] = {"description": "The request was refused.", "content": problem}
     described["responses"]["5XX"] = {"description": "Try again later.", "content": problem}
     if declared.signed_in:
         described["security"] = [{"bearer": []}]
+    if declared.raw is not None:
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
     if declared.body is not None:
         described["requestBody"] = {
             "required": declared.body_required,

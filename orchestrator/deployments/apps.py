@@ -56,7 +56,7 @@ _LIVE = "(SELECT {} FROM deployments d WHERE d.app_id = apps.id AND d.status = '
 _EXPRESSIONS = {"live_deployment": _LIVE.format("id", "live_deployment"), "url": _LIVE.format("url", "url")}
 _COLUMNS = ", ".join(_EXPRESSIONS.get(declared.name, f"apps.{declared.name}") for declared in dataclasses.fields(App))
 # Without what may be large, and is not shown there.
-_IN_LISTS = _COLUMNS.replace("apps.settings", "apps.settings - '{env,build_args}'::text[]")
+_IN_LISTS = _COLUMNS.replace("apps.settings", "apps.settings - '{env,build_args}'::text[] AS settings")
 
 
 def public(app: App) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import os
 from collections.abc import Sequence
 
 import orjson
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
 
 from orchestrator.deployments.contract import AppSecrets
 from orchestrator.errors import Invalid, SecretsUnreadable, SettingsError
@@ -87,4 +88,18 @@ def _key(text: str, place: int) -> bytes:
         key = b""
     if len(key) != _KEY:
         raise SettingsError(f"SECRETS_KEY: key {place} is not 32 bytes in base64 (`openssl rand -base64 32`)")
+    return key
+
+
+def deploy_key(text: str) -> str:
+    """A private key as ssh reads it, with the line end that it insists on. Raises Invalid (`deploy_key`)."""
+    key = text.replace("\r\n", "\n").strip() + "\n"
+    load = load_ssh_private_key if key.startswith("-----BEGIN OPENSSH") else load_pem_private_key
+    try:
+        load(key.encode(), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        # Without the cause, which may quote the key.
+        raise Invalid(
+            "deploy_key must be a private key as ssh-keygen writes it, without a passphrase.", field="deploy_key"
+        ) from None
     return key

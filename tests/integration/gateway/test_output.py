@@ -14,7 +14,7 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from gateway.realtime import output
+from gateway.realtime import following, output
 from gateway.settings import RealtimeSettings
 from orchestrator.eventlog import outbox
 from orchestrator.events import SESSION_STATUS, Event, session_channel
@@ -216,7 +216,7 @@ async def test_a_stream_ends_with_the_session_after_its_last_line(stage: Stage) 
 
 
 async def test_a_stream_ends_when_its_session_is_purged(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "_POLL", 0.05)
+    monkeypatch.setattr(following, "_POLL", 0.05)
     await stage.store("a")
     async with stage.follow() as follower:
         await follower.until("a")
@@ -227,7 +227,7 @@ async def test_a_stream_ends_when_its_session_is_purged(stage: Stage, monkeypatc
 async def test_lines_whose_writer_died_before_it_told_of_them_come_all_the_same(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "_POLL", 0.05)
+    monkeypatch.setattr(following, "_POLL", 0.05)
     async with stage.follow() as follower:
         await stage.store("untold")
         await follower.until("untold")

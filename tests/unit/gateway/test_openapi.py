@@ -41,6 +41,7 @@ def test_what_needs_a_token_says_so(document: dict[str, Any]) -> None:
         ("post", "/api/v1/auth/login"),
         ("post", "/api/v1/auth/refresh"),
         ("post", "/api/v1/auth/logout"),
+        *(("post", f"/api/v1/hooks/{{app_id}}/{kind}") for kind in ("github", "gitlab", "generic")),
         ("get", "/health"),
         ("get", "/ready"),
     }
