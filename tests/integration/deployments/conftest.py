@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import orjson
+import pytest
 import pytest_asyncio
 
 from auth import accounts
-from orchestrator.database import Pool
-from orchestrator.deployments import apps, queue
+from orchestrator.database import Pool, open_pool
+from orchestrator.deployments import apps, queue, release
 from orchestrator.deployments.apps import App
 from orchestrator.deployments.contract import AppSecrets, AppSettings
 from orchestrator.deployments.record import Deployment
 from orchestrator.deployments.secrets import Keyring
 from orchestrator.settings import DatabaseSettings, DeploySettings
+from tests.docker import Owned
+from tests.integration.deployments.releasing import Site
 
 if TYPE_CHECKING:
     from tests.integration.deployments.staged import Stage
@@ -84,3 +88,22 @@ async def stage(place: Place, database_settings: DatabaseSettings, tmp_path: Pat
 
     settings = DeploySettings(directory=tmp_path / "deployments", lease=3.0, secrets_key=["k" * 42 + "A"])
     return Stage(place, database_settings, settings)
+
+
+@pytest_asyncio.fixture
+async def own(database_settings: DatabaseSettings) -> AsyncIterator[Pool]:
+    """A second pool, named `own`, whose connections are cut."""
+    pool = await open_pool(database_settings, name="own")
+    yield pool
+    pool.terminate()
+
+
+@pytest_asyncio.fixture
+async def site(owned: Owned, busybox: str, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """Where an app can be released, on a network of its own; what is waited for on Traefik's account is short."""
+    monkeypatch.setattr(release, "LETS_GO", 0.5)
+    monkeypatch.setattr(release, "STEADY", 0.5)
+    settings = DeploySettings(
+        base_domain="apps.test", network=owned.instance, instance=owned.instance, probe_deadline=30.0, drain=0.5
+    )
+    return Site(owned, busybox, settings)

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from orchestrator.database import Pool, open_pool
+from orchestrator.database import Pool
 from orchestrator.deployments import directories, leases
 from orchestrator.deployments.contract import AppSecrets, StepFailed, Task
 from orchestrator.errors import EngineRefused, ProviderUnavailable
@@ -518,9 +518,8 @@ async def test_a_removal_that_is_hindered_is_tried_again_and_says_what_hinders(s
 
 
 async def test_a_database_that_cuts_connections_doubles_and_loses_nothing(
-    stage: Stage, place: Place, database_settings: Any
+    stage: Stage, place: Place, own: Pool
 ) -> None:
-    own: Pool = await open_pool(database_settings, name="worker")
     app = await place.app()
 
     async def talk(task: Task) -> None:
@@ -529,18 +528,15 @@ async def test_a_database_that_cuts_connections_doubles_and_loses_nothing(
             await asyncio.sleep(0.01)
 
     stage.engine.acts["build"] = stage.engine.acts["probe"] = talk
-    try:
-        async with stage.running(pool=own):
-            deployment = await place.enqueue(app)
-            while (await stage.get(deployment)).status != "live":
-                await stage.fetch(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                    "WHERE application_name = 'worker' AND datname = current_database()"
-                )
-                await asyncio.sleep(0.05)
-            await stage.ended(deployment, "live")
-    finally:
-        own.terminate()
+    async with stage.running(pool=own):
+        deployment = await place.enqueue(app)
+        while (await stage.get(deployment)).status != "live":
+            await stage.fetch(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE application_name = 'own' AND datname = current_database()"
+            )
+            await asyncio.sleep(0.05)
+        await stage.ended(deployment, "live")
     lines = [f"line {number}" for number in range(15)]
     assert (await stage.log(deployment)).splitlines() == lines + lines
     told = await place.told()
