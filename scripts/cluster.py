@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,6 +21,7 @@ import structlog
 from orchestrator import machine_import, machines
 from orchestrator.database import UNAVAILABLE, Connection, Pool, backoff
 from orchestrator.errors import ApiRefused, ClusterCodeError, ProviderUnavailable
+from scripts import examples
 
 if TYPE_CHECKING:
     from orchestrator.cluster.client import Cluster
@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("dev.cluster")
 
 PROVIDER = "kubernetes"
-_FILE = Path(__file__).parent.parent / "configs" / "kubernetes.yaml"
+_FILE = "kubernetes.yaml"
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
-# Small, and a web server, too. Its name without a registry and a tag, by which a node's images are recognised.
-_NAME = "busybox"
 # Seconds between two attempts to ask the cluster, at most.
 _PATIENCE = 10.0
 _AWAY: tuple[type[BaseException], ...] = (*UNAVAILABLE, ProviderUnavailable)
@@ -96,20 +94,11 @@ async def page(cluster: Cluster, url: str) -> str:
 
 
 async def import_provider(connection: Connection, image: str) -> None:
-    """Add the provider and its machine config, unless there is one of that name: whoever changed it knows why.
+    """Add the provider and its machine config, unless there is one of that name.
 
     `image`: what KUBERNETES_DEMO_IMAGE says; empty: the file's own, until `fit_image` has asked the cluster.
     """
-    if any(row.name == PROVIDER for row in await machines.providers(connection)):
-        return
-    wanted = _with_image(image) if image else machine_import.read_file(_FILE)
-    # Others may run theirs on the same cluster: what is whose must not be in doubt.
-    own = {"instance": f"dev-{secrets.token_hex(4)}"}
-    providers = tuple({**entry, "options": {**entry["options"], **own}} for entry in wanted.providers)
-    there = {config.name for config in await machines.machine_configs(connection)}
-    new = tuple(entry for entry in wanted.machine_configs if entry["name"] not in there)
-    changes = await machine_import.apply(connection, replace(wanted, providers=providers, machine_configs=new))
-    log.info("imported", file=f"configs/{_FILE.name}", changes=[str(change) for change in changes])
+    await examples.import_provider(connection, PROVIDER, examples.read(_FILE, image))
 
 
 async def fit_image(pool: Pool, image: str, asked: asyncio.Event | None = None) -> None:
@@ -142,7 +131,7 @@ async def _fit(pool: Pool, image: str) -> None:
     if row is None or current is None:
         log.info("the demonstration's machine config was changed, or removed: it stays so")
         return
-    default = _image(machine_import.read_file(_FILE))
+    default = _image(examples.read(_FILE))
     why = "KUBERNETES_DEMO_IMAGE"
     if not image and current == default:
         image, why = await _held(row.options), "the nodes hold it already"
@@ -151,13 +140,13 @@ async def _fit(pool: Pool, image: str) -> None:
         return
     async with pool.acquire() as connection, connection.transaction():
         if await _current(connection) == current:
-            await machine_import.apply(connection, replace(_with_image(image), providers=()))
+            await machine_import.apply(connection, replace(examples.read(_FILE, image), providers=()))
             log.info("the demonstration's machine config runs", image=image, why=why)
 
 
 async def _current(connection: Connection) -> str | None:
     """The image that our machine config has now; None when it is gone, or more of it was changed than the image."""
-    wanted = machine_import.read_file(_FILE)
+    wanted = examples.read(_FILE)
     names = {entry["name"] for entry in wanted.machine_configs}
     images = {
         service.get("image", "")
@@ -168,7 +157,7 @@ async def _current(connection: Connection) -> str | None:
     if len(images) != 1:
         return None
     (image,) = images
-    changes = await machine_import.plan(connection, replace(_with_image(image), providers=()))
+    changes = await machine_import.plan(connection, replace(examples.read(_FILE, image), providers=()))
     return image if all(change.action == "unchanged" for change in changes) else None
 
 
@@ -186,31 +175,10 @@ async def _held(options: Mapping[str, Any]) -> str:
         except ApiRefused as error:
             log.info("the images of the nodes are not for us to know", reason=error.reason)
             return ""
-    suitable = sorted(name for name, count in found.items() if count == nodes and _suits(name))
-    default = _image(machine_import.read_file(_FILE))
+    suitable = sorted(name for name, count in found.items() if count == nodes and examples.is_busybox(name))
+    default = _image(examples.read(_FILE))
     return default if default in suitable else next(iter(suitable), "")
-
-
-def _suits(name: str) -> bool:
-    """Whether an image is a busybox, as far as its name tells; by its tag, since a digest says nothing to people."""
-    repository, tagged, _ = name.rpartition("/")[2].partition(":")
-    return "@" not in name and repository == _NAME and bool(tagged)
 
 
 def _image(wanted: machine_import.Import) -> str:
     return str(next(iter(wanted.machine_configs[0]["services"].values()))["image"])
-
-
-def _with_image(image: str) -> machine_import.Import:
-    """The file with another image in place of its own."""
-    wanted = machine_import.read_file(_FILE)
-    return replace(
-        wanted,
-        machine_configs=tuple(
-            {
-                **entry,
-                "services": {name: {**service, "image": image} for name, service in entry["services"].items()},
-            }
-            for entry in wanted.machine_configs
-        ),
-    )

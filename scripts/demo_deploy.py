@@ -30,6 +30,7 @@ from orchestrator.settings import DeploySettings, load
 from scripts import front
 from scripts.demo_client import Account, Client, server
 from scripts.demo_repository import DemoFailed, Repository, served
+from scripts.engine import busybox
 
 if TYPE_CHECKING:
     from environs import Env
@@ -102,6 +103,7 @@ class DeployDemo:
             self._socket, self._position = await client.connect(stack)
             engine = await stack.enter_async_context(Engine(self._settings.docker_host))
             await self._reach(engine)
+            self._image = self._options.image or await busybox(engine.host) or _IMAGE
             here = await stack.enter_async_context(front.opened(client, engine, self._settings, self._options.front))
             repository = await stack.enter_async_context(served(self._version("1"), "The first version"))
             app = await stack.enter_async_context(self._app(repository, here))
@@ -140,7 +142,7 @@ class DeployDemo:
         workspaces = await client.call("GET", "/workspaces")
         body = {
             "workspace_id": workspaces["items"][0]["id"], "name": self._name, "repo_url": repository.url,
-            "branch": "main", "port": _PORT, "health_path": "/", "build_args": {"BASE": self._options.image or _IMAGE},
+            "branch": "main", "port": _PORT, "health_path": "/", "build_args": {"BASE": self._image},
         }  # fmt: skip
         app: dict[str, Any] = await client.call("POST", "/apps", body)
         client.say(f"app {app['id']}, to be seen at {app['url']} (here by way of {here})")

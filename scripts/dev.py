@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,8 +39,8 @@ from orchestrator.eventlog.memory import MemoryLog
 from orchestrator.process import Signals, close_pool, running, until_stopped
 from orchestrator.providers.registry import open_provider
 from orchestrator.run import Orchestrator
-from orchestrator.settings import AmqpSettings, DatabaseSettings, OrchestratorSettings, load
-from scripts import cluster, users
+from orchestrator.settings import AmqpSettings, DatabaseSettings, DeploySettings, OrchestratorSettings, load
+from scripts import cluster, engine, examples, users
 from scripts.embedded import EmbeddedPostgres
 from scripts.instance import Instance
 from scripts.settings import DevSettings
@@ -57,7 +56,6 @@ log = structlog.get_logger("dev")
 # Seconds that the cluster gets to say which images its nodes hold, before the server is said to be ready without; one
 # that refuses is not waited for.
 _FIT_DEADLINE = 15.0
-_CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +64,7 @@ class Settings:
 
     gateway: GatewaySettings
     orchestrator: OrchestratorSettings
+    deploy: DeploySettings
     dev: DevSettings
     # None: the embedded one.
     database: DatabaseSettings | None
@@ -82,6 +81,7 @@ class Settings:
         return cls(
             gateway=edge,
             orchestrator=load(OrchestratorSettings, env),
+            deploy=load(DeploySettings, env),
             dev=load(DevSettings, env),
             database=load(DatabaseSettings, env) if env.str("DATABASE_URL", "") else None,
             amqp=load(AmqpSettings, env) if env.str("AMQP_URL", "") else None,
@@ -114,7 +114,7 @@ async def _main(env: Env, settings: Settings) -> None:
         pool = await open_pool(database, name="cluster-code dev")
         stack.push_async_callback(close_pool, pool)
         await _current_schema(pool, database)
-        await _first_start(pool, settings.dev)
+        await _first_start(pool, settings.dev, settings.deploy.docker_host)
         exchange = await _exchange(settings.amqp)
         events: EventLog = exchange or MemoryLog()
         stack.push_async_callback(events.close)
@@ -192,20 +192,21 @@ async def _current_schema(pool: Pool, database: DatabaseSettings) -> None:
     await require_schema(pool)
 
 
-async def _first_start(pool: Pool, settings: DevSettings) -> None:
+async def _first_start(pool: Pool, settings: DevSettings, docker_host: str) -> None:
     """Import the examples while there is no provider, and make an administrator while there is none.
 
-    Where there is a way to a cluster, its provider is imported beside them, also later.
+    Where there is a way to a cluster, or to a Docker engine, its provider is imported beside them, also later.
 
     Its password is printed before it is committed: there is never one that nobody was told.
     """
     async with pool.acquire() as connection:
         if not await connection.fetchval("SELECT EXISTS (SELECT FROM providers)"):
             for name in ("providers.yaml", "machine-configs.yaml"):
-                await machine_import.apply(connection, machine_import.read_file(_CONFIGS / name))
+                await machine_import.apply(connection, examples.read(name))
                 log.info("imported", file=f"configs/{name}")
         if cluster.configured():
             await cluster.import_provider(connection, settings.kubernetes_demo_image)
+        await engine.import_providers(connection, docker_host, settings.docker_demo_image)
         if await connection.fetchval("SELECT EXISTS (SELECT FROM users WHERE is_admin AND NOT is_disabled)"):
             return
     password = settings.admin_password or users.generate_password()

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from orchestrator.settings import variable
 
 
+def _image(value: str) -> str | None:
+    return None if re.fullmatch(r"(?!-)[!-~]{1,500}", value) else f"must be an image, not {value!r}"
+
+
 @dataclass(frozen=True, slots=True)
 class DevSettings:
     """The first administrator, who is made when there is none, and what the demonstration runs on a cluster."""
@@ -27,5 +31,13 @@ class DevSettings:
         "",
         help="Image, with busybox's `httpd`, of the machine config `kubernetes-small` that `cluster-code dev` makes"
         " where KUBECONFIG is set; empty: a busybox that the nodes hold already, else docker.io's.",
-        check=lambda value: None if re.fullmatch(r"(?!-)[!-~]{1,500}", value) else f"must be an image, not {value!r}",
+        check=_image,
+    )
+    docker_demo_image: str = variable(
+        "DOCKER_DEMO_IMAGE",
+        "str",
+        "",
+        help="The same of `docker-small` and `devpod-small`, made where there is Docker, and of `demo-deploy`;"
+        " empty: a busybox that the engine has already, else docker.io's.",
+        check=_image,
     )
