@@ -22,7 +22,7 @@ help: ## This list
 run: .venv/run.stamp $(HELM) ## Run everything on http://127.0.0.1:8080; Ctrl-C ends it (PORT=, DATA_DIR=, KUBECONFIG=, …)
 	@exec $(BIN)/cluster-code dev
 
-demo: .venv/run.stamp ## Watch a session come and go on the running server (REPO=URL of yours, PROVIDER=kubernetes)
+demo: .venv/run.stamp ## Watch a session come and go on the running server (REPO=URL of yours, PROVIDER=docker, devpod or kubernetes)
 	@exec $(BIN)/cluster-code demo $(if $(PROVIDER),--provider '$(PROVIDER)')
 
 demo-deploy: .venv/run.stamp ## Watch an app deployed from Git by the running server: it takes Docker (FRONT=URL of a Traefik of yours)
