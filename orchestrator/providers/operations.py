@@ -16,7 +16,7 @@ import structlog
 
 from orchestrator.errors import ProviderUnavailable
 
-log = structlog.get_logger("provider.local")
+log = structlog.get_logger("providers")
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class Operations:
                 await asyncio.wait({task})
             caller = asyncio.current_task()
             if caller is not None and not caller.cancelling():
-                raise ProviderUnavailable("The local provider is being closed.") from None
+                raise ProviderUnavailable("The provider is being closed.") from None
             raise
 
     def begin(
@@ -56,7 +56,7 @@ class Operations:
     ) -> asyncio.Task[T]:
         """The same in the background; a failure is logged."""
         if self._closed:
-            raise ProviderUnavailable("The local provider is closed.")
+            raise ProviderUnavailable("The provider is closed.")
         task = asyncio.create_task(self._alone(session_id, work), name=f"{name} {session_id}")
         self._tasks.add(task)
         if undo:

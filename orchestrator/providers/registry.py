@@ -12,7 +12,7 @@ from orchestrator.errors import SettingsError
 from orchestrator.providers import kubeconfig
 from orchestrator.providers.contract import LogSink, Provider
 from orchestrator.providers.local import LocalProvider
-from orchestrator.providers.options import DockerOptions, KubernetesOptions, LocalOptions
+from orchestrator.providers.options import DevPodOptions, DockerOptions, KubernetesOptions, LocalOptions
 
 
 def open_provider(
@@ -49,9 +49,17 @@ def open_provider(
         found = credentials or {}
         engine = Engine(endpoint or "", name=name, timeout=loaded.request_timeout, tls=_tls(name, found))
         return DockerProvider(name, loaded, engine, directory=data_dir, sink=sink, registries=found)
+    if kind == "devpod":
+        from orchestrator.providers.devpod import DevPodProvider
+
+        # Over ssh it would clone with the keys of our own user, which an operator has to want.
+        plain = [scheme for scheme in repo_schemes or () if scheme in ("https", "http")]
+        schemes = {"repo_schemes": plain} if repo_schemes is not None else {}
+        devpod = DevPodOptions.load({**schemes, **options}, provider=name)
+        return DevPodProvider(name, data_dir, sink, devpod, endpoint=endpoint, credentials=credentials)
     raise SettingsError(
         f"The provider {name!r} is of the kind {kind!r}, which this version cannot run:"
-        " known are 'local', 'docker' and 'kubernetes'."
+        " known are 'local', 'docker', 'devpod' and 'kubernetes'."
     )
 
 

@@ -138,6 +138,11 @@ class Directory:
         if not os.access(self._sessions, os.W_OK | os.X_OK):
             raise ProviderUnavailable(f"Local sessions cannot write to {self._sessions}: see its owner and its disk.")
 
+    def clear(self) -> None:
+        """Remove all files of all sessions. Raises ProviderUnavailable when something cannot be removed."""
+        for root in self._sessions.iterdir():
+            remove_tree(root)
+
     def remove(self, session_id: int) -> None:
         """Remove all files of a session, whatever their modes; symbolic links are not followed.
 

@@ -65,7 +65,7 @@ class Session:
     @property
     def ref(self) -> SessionRef:
         """How its provider finds it."""
-        return SessionRef(self.id, self.namespace, self.container_name)
+        return SessionRef(self.id, self.namespace, self.container_name, self.workspace_id)
 
     @property
     def outstanding(self) -> bool:
