@@ -174,6 +174,8 @@ class DockerProvider:
         if self._cores is None:
             await self.check()
         wanted = containers_of(spec, self._options, cores=self._cores or 1.0)
+        filling = Filling(self._engine, spec, self._options, self._directory / str(ref.session_id))
+        filling.repository()
         if not self._init:
             wanted = [one.without_init() for one in wanted]
         images = {image: await self._image(ref, image, wanted, report) for image in {one.image: 0 for one in wanted}}
@@ -183,8 +185,9 @@ class DockerProvider:
             names = ", ".join(one.service for one in missing)
             await self._tidy(ref, wanted)
             await self._engine.networks.ensure(self._names.network(ref), self._names.of_project(ref))
-            filling = Filling(self._engine, spec, self._options, self._directory / str(ref.session_id))
-            await filling.make(missing[0].image, report, lambda line: self._say(ref, line, "git"))
+            # None has ever run before the workspace was whole, and none lets the engine remove it.
+            if not any(one.began for one in there.values()):
+                await filling.make(missing[0].image, report, lambda line: self._say(ref, line, "git"))
             await report("StartingServices", f"Starting {names}.")
             for one in missing:
                 await self._run(one, images[one.image], there.get(one.service))

@@ -50,17 +50,19 @@ class Filling:
     options: DockerOptions
     directory: Path
 
+    def repository(self) -> git.Repository | None:
+        """What is to be cloned. Raises ProviderFailure when it may not be."""
+        if self.spec.branch is not None:
+            git.check_branch(self.spec.branch)
+        return None if self.spec.repo_url is None else git.parse(self.spec.repo_url, self.options.repo_schemes)
+
     async def make(self, image: str, report: Report, say: Say) -> None:
         """Make the workspace whole, unless it is; `image` is any that the engine has.
 
         Raises ProviderFailure, with what is wrong with the repository; EngineRefused; ProviderUnavailable. Killed or
         cancelled at any moment, it begins anew with the next call.
         """
-        repository = None
-        if self.spec.repo_url is not None:
-            repository = git.parse(self.spec.repo_url, self.options.repo_schemes)
-        if self.spec.branch is not None:
-            git.check_branch(self.spec.branch)
+        repository = self.repository()
         container = await self._container(image)
         try:
             state = await self._state(container)

@@ -164,7 +164,7 @@ def diagnose(scene: Scene, rules: Rules, now: datetime) -> Observation:
     if loops:
         return Observation(State.FAILED, *_loop(loops[0], scene))
     for sight in sights:
-        if sight.status == "restarting":
+        if sight.status == "restarting" or _crashes(sight, scene) >= rules.crashes:
             return Observation(
                 State.STARTING, "Restarting", f"{sight.service} {_exit(sight, scene)}. It is being started again."
             )
@@ -197,9 +197,12 @@ def _crashes(sight: Sight, scene: Scene) -> int:
 def _loops(sight: Sight, scene: Scene, rules: Rules, now: datetime) -> bool:
     if _crashes(sight, scene) < rules.crashes or sight.up(now) >= rules.stable_after:
         return False
+    if sight.status == "running":
+        # How the last run ended the engine tells in between only; a loop comes there again.
+        return _ending(sight, scene)[0] is not None
     # The run that has just ended may have been a long one.
     ran = sight.began and sight.ended and (sight.ended - sight.began).total_seconds()
-    return sight.status == "running" or not ran or ran < rules.stable_after
+    return not ran or ran < rules.stable_after
 
 
 def _loop(sight: Sight, scene: Scene) -> tuple[str, str]:
