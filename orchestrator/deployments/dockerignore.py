@@ -52,12 +52,16 @@ class Ignored:
 
     def match(self, path: Sequence[str], parent: Matched) -> tuple[bool, Matched]:
         """Whether a path, given by its parts, is left out; and what its own children are to be asked with."""
-        found = tuple(above or pattern.matches(path) for above, pattern in zip(parent, self._patterns, strict=True))
+        found = []
         left_out = False
-        for matched, pattern in zip(found, self._patterns, strict=True):
-            if matched:
+        for above, pattern in zip(parent, self._patterns, strict=True):
+            # Docker does not try what could change nothing here: so an exception that names a directory counts in it
+            # only where a line before it leaves that directory out.
+            matches = above or (pattern.exception == left_out and pattern.matches(path))
+            if matches:
                 left_out = not pattern.exception
-        return left_out, found
+            found.append(matches)
+        return left_out, tuple(found)
 
     def may_hold_exceptions(self, directory: Sequence[str]) -> bool:
         """Whether something below a directory that is left out may have to be sent even so."""
