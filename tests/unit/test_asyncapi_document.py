@@ -12,11 +12,14 @@ import pytest
 import gateway
 from auth.errors import AuthError
 from auth.permissions import Role
+from gateway.api.apps import App
+from gateway.api.deployments import Deployment, StepDone
 from gateway.api.sessions import Container, Pod, Session
 from gateway.realtime import authorization, protocol
 from gateway.realtime.protocol import REASONS, CloseCode
 from gateway.settings import RealtimeSettings
 from orchestrator import events
+from orchestrator.deployments import contract as deployments
 from orchestrator.sessions.state import Desired, Status
 from orchestrator.settings import variables
 from tests import asyncapi
@@ -104,6 +107,9 @@ def test_the_event_types_are_those_that_are_published() -> None:
     assert texts("ClusterDeployment", "event_type") == {events.CLUSTER_DEPLOYMENT}
     assert texts("ClusterNamespace", "event_type") == {events.CLUSTER_NAMESPACE}
     assert texts("ClusterIngress", "event_type") == {events.CLUSTER_INGRESS}
+    assert texts("DeploymentStatus", "event_type") == {events.DEPLOYMENT_STATUS}
+    assert texts("DeploymentLog", "event_type") == {events.DEPLOYMENT_LOG}
+    assert texts("App", "event_type") == {events.APP_CREATED, events.APP_UPDATED, events.APP_DELETED}
 
 
 def test_a_pod_is_what_rest_answers() -> None:
@@ -120,6 +126,18 @@ def test_a_session_is_what_rest_answers() -> None:
     assert data["properties"]["desired"]["enum"] == [desired.value for desired in Desired]
     roles = schema("Member")["properties"]["data"]["properties"]["role"]["enum"]
     assert roles == [role.name.lower() for role in Role]
+
+
+def test_a_deployment_and_an_app_are_what_rest_answers() -> None:
+    data = schema("DeploymentStatus")["properties"]["data"]
+    assert set(data["properties"]) == set(data["required"]) == set(Deployment().fields)
+    assert data["properties"]["status"]["enum"] == [status.value for status in deployments.Status]
+    assert data["properties"]["step"]["enum"] == ["", *(step.value for step in deployments.Step)]
+    step = data["properties"]["steps"]["items"]
+    assert set(step["properties"]) == set(step["required"]) == set(StepDone().fields)
+    assert step["properties"]["name"]["enum"] == [step.value for step in deployments.Step]
+    app = schema("App")["properties"]["data"]
+    assert set(app["properties"]) == set(app["required"]) == set(App().fields)
 
 
 @pytest.mark.parametrize(

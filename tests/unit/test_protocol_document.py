@@ -10,6 +10,7 @@ from gateway.realtime import inquiries, protocol, replicas, sse
 from gateway.realtime.protocol import REASONS, CloseCode
 from gateway.routes import routes
 from gateway.settings import RealtimeSettings
+from orchestrator.deployments import contract as deployments
 from orchestrator.events import EXCHANGE, MAX_NAME_LENGTH
 from orchestrator.sessions.state import Status
 
@@ -56,7 +57,12 @@ def test_the_defaults_are_those_of_the_settings() -> None:
 
 
 def test_names_on_the_wire_are_those_of_the_code() -> None:
-    for name in (protocol.SUBPROTOCOL, protocol.BEARER + "{short token}", EXCHANGE, *(f"`{one}`" for one in Status)):
+    for name in (
+        protocol.SUBPROTOCOL,
+        protocol.BEARER + "{short token}",
+        EXCHANGE,
+        *(f"`{one}`" for one in (*Status, *deployments.Status)),
+    ):
         assert name in FLAT
     for message in ("connected", "subscribed", "unsubscribed", "pong", "expiring", "error", "closing"):
         assert f"`{message}`" in FLAT
@@ -80,7 +86,7 @@ def test_what_is_said_of_server_sent_events_is_what_is_done() -> None:
 
 def test_addresses_are_those_of_the_url_table() -> None:
     described = set(re.findall(r"(?:GET|POST) (/[a-z0-9/{}-]+)", DOCUMENT)) - {"/api/v1/sessions/{id}"}
-    served = {route.path.replace("{session_id:[0-9]+}", "{id}") for route in routes()}
+    served = {re.sub(r"\{(session|deployment)_id:\[0-9\]\+\}", "{id}", route.path) for route in routes()}
     assert described
     assert described <= served
 

@@ -15,8 +15,10 @@ from gateway.realtime.protocol import CloseCode
 from orchestrator.bridge import visible
 from orchestrator.cluster.objects import Deployment, Ingress, Namespace, Pod
 from orchestrator.cluster.objects import Event as KubernetesEvent
+from orchestrator.deployments import apps, leases, record
+from orchestrator.deployments.logs import DeploymentLog
 from orchestrator.eventlog import outbox
-from orchestrator.events import Event, session_channel
+from orchestrator.events import Event, deployment_channel, session_channel
 from orchestrator.logs import _event, _Line
 from tests import asyncapi
 from tests.integration.gateway.conftest import Api, Person
@@ -50,6 +52,30 @@ async def make_everything_happen(api: Api, owner: Person, other: Person) -> int:
     assert (await api.call("DELETE", f"/api/v1/projects/{spare}", owner)).status == 204
     assert (await api.call("DELETE", f"/api/v1/workspaces/{gone}", owner)).status == 204
     return int(session["id"])
+
+
+async def deploy(api: Api, owner: Person) -> str:
+    """Everything that is told of apps and their deployments; the channel of one that has said something."""
+    body = {"workspace_id": owner.workspace_id, "repo_url": "https://git.test/shop", "cpu": 0.5}
+    gone = (await api.call("POST", "/api/v1/apps", owner, {**body, "name": "gone"})).json["id"]
+    assert (await api.call("DELETE", f"/api/v1/apps/{gone}", owner)).status == 202
+    app = (await api.call("POST", "/api/v1/apps", owner, {**body, "name": "shop"})).json["id"]
+    await api.call("PUT", f"/api/v1/apps/{app}", owner, {"memory": "64Mi", "domains": ["shop.test"]})
+    async with api.pool.acquire() as connection, connection.transaction():
+        # A worker's part.
+        await apps.remove(connection, gone)
+        (claimed,) = await leases.claim(connection, 30.0, 1)
+        steps = record.ended(record.begun(record.begun([], "clone"), "build"), "failed", 0.5)
+        claimed = await record.write(connection, claimed, step="build", steps=steps, branch="main")
+    assert claimed.lease_owner is not None
+    written = DeploymentLog(
+        api.pool, deployment_id=claimed.id, app_id=app, owner=claimed.lease_owner, secrets=(), limit=1 << 20,
+        on_stored=lambda _: None,
+    )  # fmt: skip
+    written.begin("build")
+    written.say("Step 1/3 : FROM …\n")
+    await written.close()
+    return deployment_channel(claimed.id)
 
 
 def notice(session_id: int) -> Event:
@@ -109,6 +135,7 @@ async def test_everything_that_is_sent_is_described(api: Api, root: Person, ann:
         query = {"token": await short_token(api, root), "channels": "app:1"}
         stream = await stack.enter_async_context(api.client.get("/api/v1/events", params=query))
         session = await make_everything_happen(api, root, bob)
+        deployment = await deploy(api, root)
         await carry(api)
         since = f"{api.context.log.epoch}:0"
         workspaces = [row["id"] for row in await api.fetch("SELECT id FROM workspaces")]
@@ -116,6 +143,7 @@ async def test_everything_that_is_sent_is_described(api: Api, root: Person, ann:
             {"action": "ping", "id": "a"},
             {"action": "subscribe", "channel": f"session:{session}", "since": since, "id": "b"},
             {"action": "subscribe", "channel": "cluster", "since": since},
+            {"action": "subscribe", "channel": deployment, "since": since},
             *({"action": "subscribe", "channel": f"workspace:{number}", "since": since} for number in workspaces),
             {"action": "unsubscribe", "channel": "broadcast"},
             {"action": "subscribe", "channel": "nonsense"},
@@ -136,7 +164,7 @@ async def test_everything_that_is_sent_is_described(api: Api, root: Person, ann:
         while not (sent and sent[-1]["data"] == {"id": "last"}):
             read = orjson.loads(await websocket.receive_str(timeout=20))
             sent += read if isinstance(read, list) else [read]
-        assert session_channel(session) in {message["channel"] for message in sent}
+        assert {session_channel(session), deployment} <= {message["channel"] for message in sent}
 
         for one in tuple(api.context.hub.connections.values()):
             one.expires_at = time.time() + 20
