@@ -291,7 +291,6 @@ class Fleet:
             return member
         if isinstance(found, SettingsError):
             member.why = f"The provider {config.name!r} cannot be opened: {found}"
-            log.warning("provider lacks credentials", provider=config.name, error=str(found))
             return member
         member.credentials = found
         try:

@@ -4,71 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import asyncpg
-import psycopg
 import pytest
-import structlog
 from environs import Env
 
 import migrations
 from auth.permissions import Identity, Scope
 from auth.tokens import Tokens
 from gateway.token_settings import token_settings
-from scripts import main, target
+from scripts import target
 from scripts.instance import Instance
-
-SECRET = "0123456789abcdefghijklmnopqrstuvwxyz"
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(
-    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
-    """Runs a command as the shell would; exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DATABASE_URL", database_url)
-    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setenv("JWT_SECRET", SECRET)
-
-    def run(*arguments: str, given: str | None = None) -> tuple[int, str, str]:
-        if given is not None:
-            file = tmp_path / "given"
-            file.write_text(given)
-            with file.open() as stream:
-                monkeypatch.setattr("sys.stdin", stream)
-                code = _exit_code(arguments)
-        else:
-            code = _exit_code(arguments)
-        output, errors = capsys.readouterr()
-        return code, output, errors
-
-    before = logging.getLogger().handlers[:], logging.getLogger().level
-    yield run
-    structlog.reset_defaults()
-    logging.getLogger().handlers[:], logging.getLogger().level = before
-
-
-def _exit_code(arguments: tuple[str, ...]) -> int:
-    try:
-        return main.run(list(arguments))
-    except SystemExit as end:
-        return int(end.code or 0)
-
-
-@pytest.fixture
-def fetch(database_url: str) -> Iterator[Callable[[str], list[tuple[object, ...]]]]:
-    """The rows that a query gives."""
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        yield lambda query: connection.execute(query).fetchall()
-
-
-Fetch = Callable[[str], list[tuple[object, ...]]]
+from tests.integration.scripts.conftest import Fetch, Run
 
 
 def test_migrations_go_down_and_up_and_tell(run: Run) -> None:
@@ -98,66 +46,6 @@ def test_a_database_that_is_not_there_is_one_line(
     assert (code, output) == (2, "")
     assert errors.startswith("cluster-code: DATABASE_URL: ")
     assert errors.count("\n") == 1
-
-
-PROVIDERS = """
-providers:
-  - {name: here, kind: local, default: true}
-machine_configs:
-  - name: small
-    provider: here
-    default: true
-    services: {preview: {command: ["{python}", -m, http.server, "{port}"]}}
-"""
-
-
-def test_an_import_says_what_it_would_do_does_it_and_then_changes_nothing(
-    run: Run, fetch: Fetch, tmp_path: Path
-) -> None:
-    (file := tmp_path / "machines.yaml").write_text(PROVIDERS)
-    told = "provider here: added\nmachine config small: added\n"
-    dry = "This was a dry run: nothing was changed.\n"
-    assert run("import-machine-configs", str(file), "--dry-run") == (0, told + dry, "")
-    assert fetch("SELECT * FROM providers") == []
-    assert run("import-machine-configs", str(file)) == (0, told, "")
-    assert fetch("SELECT name FROM machine_configs") == [("small",)]
-    again = "provider here: unchanged\nmachine config small: unchanged\nNothing to change.\n"
-    assert run("import-machine-configs", str(file)) == (0, again, "")
-    assert fetch("SELECT action, object FROM audit_log") == [("machines.import", "machines.yaml")] * 2
-
-
-def test_a_wrong_file_changes_nothing_and_names_every_wrong_place(run: Run, fetch: Fetch, tmp_path: Path) -> None:
-    (file := tmp_path / "machines.yaml").write_text(PROVIDERS + "  - {name: BAD NAME, provider: nowhere}\n")
-    code, output, errors = run("import-machine-configs", str(file))
-    assert (code, output) == (1, "")
-    assert "machine_configs[1].name" in errors
-    assert fetch("SELECT * FROM providers") == []
-    assert run("import-machine-configs", str(tmp_path / "none.yaml"))[0] == 2
-
-
-def test_a_provider_is_added_listed_and_removed(run: Run) -> None:
-    assert run("provider", "add", "here", "--kind", "local", "--option", "crashes=3", "--default")[:2] == (
-        0, "provider here: added\n"
-    )  # fmt: skip
-    code, _, errors = run("provider", "add", "here", "--kind", "local")
-    assert code == 1
-    assert "already" in errors
-    code, output, _ = run("provider", "list")
-    assert code == 0
-    assert [word for word in ("here", "local", "unknown") if word not in output] == []
-    assert run("provider", "remove", "here")[:2] == (0, "provider here: removed\n")
-    code, _, errors = run("provider", "remove", "here")
-    assert (code, errors) == (1, "cluster-code: There is no provider 'here'; there are: none.\n")
-
-
-def test_a_wrong_option_of_a_provider_is_a_usage_error(run: Run) -> None:
-    for option in ("crashes", "=3", "crashes=[", "crashes: {"):
-        code, _, errors = run("provider", "add", "here", "--kind", "local", "--option", option)
-        assert code == 2
-        assert "--option" in errors
-    code, _, errors = run("provider", "add", "here", "--kind", "local", "--option", "unheard_of=1")
-    assert code == 1
-    assert "unheard_of" in errors
 
 
 def test_a_user_is_made_with_a_password_from_standard_input(run: Run, fetch: Fetch) -> None:
