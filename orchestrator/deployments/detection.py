@@ -139,7 +139,7 @@ def _node(directory: Path, app: AppSettings, settings: DeploySettings) -> Recipe
         return None
     try:
         package = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StepFailed("InvalidProject", f"The repository's package.json is no JSON: {error}.") from error
     if not isinstance(package, dict) or not isinstance(scripts := package.get("scripts"), dict):
         return None
@@ -183,7 +183,7 @@ def _python(directory: Path, app: AppSettings, settings: DeploySettings) -> Reci
 def _toml(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StepFailed("InvalidProject", f"The repository's pyproject.toml is no TOML: {error}.") from error
 
 
