@@ -5,7 +5,8 @@
     {directory}/tenants/7/                    DEVPOD_HOME and HOME of all commands about the sessions of workspace 7
         config.yaml, contexts/, agent/        DevPod's
         .cluster-code/provider                what its provider was last set up from
-        .cluster-code/42.json                 what a session was last started with
+        .cluster-code/42.json                 where a session's services were last reached
+        .cluster-code/42.machine              what its container was made from
         .cluster-code/42.ssh                  where DevPod keeps the session's user (`--ssh-config`)
 
 A session's repository is in `agent/`, and mounted into its container from there, where DevPod's own provider works on
@@ -94,16 +95,20 @@ class Home:
         return self._ours / f"{session_id}.ssh"
 
     def remember(self, session_id: int, **started: Any) -> None:
-        """Write down what a session was started with. Nothing secret."""
+        """Write down how a session is reached again. Nothing secret."""
         _write(self._ours / f"{session_id}.json", json.dumps(started))
 
     def recall(self, session_id: int) -> dict[str, Any]:
-        """What `remember` wrote; {} when the session was never started to the end."""
+        """What `remember` wrote; {} when its container never ran."""
         return _json(self._ours / f"{session_id}.json")
 
-    def knows(self, devpod_id: str) -> bool:
-        """Whether DevPod has begun with a session of this name, and not deleted it."""
-        return (self._workspace(devpod_id) / "workspace.json").is_file()
+    def made_by(self, session_id: int) -> str | None:
+        """What its container was made from, as far as that is ours; None: there was none."""
+        return _read(self._ours / f"{session_id}.machine")
+
+    def make_by(self, session_id: int, machine: str) -> None:
+        """From now on it is."""
+        _write(self._ours / f"{session_id}.machine", machine)
 
     def has_begun_only(self, devpod_id: str) -> bool:
         """Whether DevPod was never done with the session's first `up`: what is there of its clone may be half of it."""
@@ -128,8 +133,8 @@ class Home:
         """
         remove_tree(self._agent(devpod_id))
         remove_tree(self._workspace(devpod_id))
-        for path in (self.ssh_config(session_id), self._ours / f"{session_id}.json"):
-            path.unlink(missing_ok=True)
+        for kind in ("json", "machine", "ssh"):
+            (self._ours / f"{session_id}.{kind}").unlink(missing_ok=True)
         (self.path / f"contexts/default/locks/{devpod_id}.workspace.lock").unlink(missing_ok=True)
 
     def _workspace(self, devpod_id: str) -> Path:

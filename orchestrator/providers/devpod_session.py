@@ -105,11 +105,10 @@ class Attachment:
         if not self._services:
             self._settled.set()
             return
-        loops = {"ports": self._forward, "services": self._follow}
-        if not any(service.command for service in self._services):
-            del loops["services"]
-        for name, once in loops.items():
-            self._spawn(name, self._keep(once))
+        if any(service.command for service in self._services):
+            # First: they begin while the ports are connected, and DevPod makes one connection after the other.
+            self._spawn("services", self._keep(self._follow))
+        self._spawn("ports", self._keep(self._forward))
         for service in self._services:
             self._spawn(service.name, self._ask(service))
 
