@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,18 @@ from marshmallow import ValidationError
 from orchestrator import machine_import
 from orchestrator.errors import Invalid
 from orchestrator.machine_import import Change, read_file, read_text
-from orchestrator.machine_schema import ChartValuesSchema, errors_for_kind, flatten, parse_bytes, parse_cores
+from orchestrator.machine_schema import (
+    _MACHINES,
+    _PROVIDER_OPTIONS,
+    ChartValuesSchema,
+    LocalOptionsSchema,
+    MachineConfigSchema,
+    ProviderSchema,
+    errors_for_kind,
+    flatten,
+    parse_bytes,
+    parse_cores,
+)
 from orchestrator.machines import MachineConfig, ProviderRow, pick
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -53,6 +65,26 @@ def test_the_examples_are_valid() -> None:
     small = read_file(CONFIGS / "machine-configs.yaml").machine_configs[0]
     assert small["memory"] == 2 << 30
     assert list(small["services"]) == ["preview", "vscode"]
+
+
+def test_the_examples_in_comments_are_valid_and_say_all_that_can_be_said() -> None:
+    providers, configs = (
+        (CONFIGS / name).read_text().replace("\n  # - ", "\n  - ").replace("\n  #   ", "\n    ")
+        for name in ("providers.yaml", "machine-configs.yaml")
+    )
+    read = read_text(f"{providers}\n{configs}", source="x")
+    kinds = {entry["kind"]: entry for entry in read.providers}
+    assert list(kinds) == ["local", "docker", "devpod", "kubernetes"]
+    by_kind = {entry["provider"]: entry for entry in read.machine_configs}
+    for kind in ("docker", "devpod"):
+        assert set(kinds[kind]["options"]) == set(_PROVIDER_OPTIONS[kind]().fields)
+        service, options = (set(schema().fields) for schema in _MACHINES[kind])
+        assert set(by_kind[kind]["options"]) == options
+        assert {name for one in by_kind[kind]["services"].values() for name in one} == service
+    for name in LocalOptionsSchema().fields:
+        assert re.search(rf"\n      (# )?{name}:", providers), name
+    for name in (*ProviderSchema().fields, *MachineConfigSchema().fields):
+        assert re.search(rf"\n  (- |  |  # ){name}:", providers + configs), name
 
 
 def test_every_error_is_told_with_its_place() -> None:
