@@ -33,7 +33,7 @@ async def pack(
 ) -> AsyncIterator[bytes]:
     """The build context, piece by piece (256 KiB or a little more each).
 
-    `dockerfile` is its path in the repository; with `text` it is one of ours, which is put there. `ignore` are lines
+    `dockerfile` is its path in the repository; with `text` it is put there, instead of what is. `ignore` are lines
     that count before those of `.dockerignore`. `mtime` is the time of all files, in seconds of the epoch. Raises
     StepFailed (`InvalidDockerignore`, `ContextUnreadable`). Cancelling ends it after the piece that is being read.
     """
@@ -112,12 +112,9 @@ class _Context:
                 yield from _content(entry)
 
     def _read_ignored(self) -> Ignored:
-        name = ".dockerignore"
+        name = f"{self._dockerfile}.dockerignore"
         try:
-            text = None
-            if self._text is None:
-                name = f"{self._dockerfile}.dockerignore"
-                text = read_text(self._directory, name, _MOST_IGNORE_BYTES)
+            text = read_text(self._directory, name, _MOST_IGNORE_BYTES)
             if text is None:
                 name = ".dockerignore"
                 text = read_text(self._directory, name, _MOST_IGNORE_BYTES) or ""

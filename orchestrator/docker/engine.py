@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import Any
 
 from orchestrator.docker import events, logs
+from orchestrator.docker.builds import Builds
 from orchestrator.docker.connection import Connection, Params
 from orchestrator.docker.containers import Containers
 from orchestrator.docker.images import Images
@@ -61,6 +62,7 @@ class Engine:
         self.networks = Networks(self.connection)
         self.volumes = Volumes(self.connection)
         self.images = Images(self.connection)
+        self.builds = Builds(self.connection)
 
     async def __aenter__(self) -> Engine:
         return self
@@ -95,6 +97,11 @@ class Engine:
             cgroup_version=int(found.get("CgroupVersion") or 1),
         )
 
+    async def now(self) -> datetime:
+        """The time by its own clock."""
+        said: str = (await self.connection.json("GET", "/info"))["SystemTime"]
+        return datetime.fromisoformat(said)
+
     async def json(
         self, method: str, path: str, *, params: Params | None = None, body: Any = None, timeout: float | None = None
     ) -> Any:
@@ -103,6 +110,12 @@ class Engine:
         Params that are no strings are written as JSON, those that are None left out.
         """
         return await self.connection.json(method, path, params=params, body=body, timeout=timeout)
+
+    async def happened(
+        self, *, since: datetime, until: datetime, filters: Mapping[str, Sequence[str]]
+    ) -> list[dict[str, Any]]:
+        """The events of a time that is over, by the engine's clock, as far as it remembers them (256 of all)."""
+        return [event async for event in events.between(self.connection, since, until, filters)]
 
     def logs(
         self, container: str, *, follow: bool = False, since: datetime | None = None, tail: int | None = None

@@ -57,6 +57,20 @@ async def events(
         wait = min(wait * 2, _LONGEST)
 
 
+async def between(
+    connection: Connection, since: datetime, until: datetime, filters: Mapping[str, Sequence[str]]
+) -> AsyncGenerator[dict[str, Any], None]:
+    """See `Engine.happened`."""
+    params = {
+        "filters": {name: list(values) for name, values in filters.items()},
+        "since": _written(_nanoseconds(since)),
+        "until": _written(_nanoseconds(until)),
+    }
+    async with connection.stream("GET", "/events", params=params, idle=connection.timeout) as stream:
+        async for event in stream.objects():
+            yield event
+
+
 class _Told:
     """What was told, so that it is not told again."""
 
@@ -87,7 +101,7 @@ async def _connected(
 ) -> AsyncGenerator[dict[str, Any], None]:
     params: dict[str, Any] = {"filters": {name: list(values) for name, values in (filters or {}).items()}}
     if told.since is not None:
-        params["since"] = "{}.{:09}".format(*divmod(max(0, told.since), _SECOND))
+        params["since"] = _written(told.since)
     async with connection.stream("GET", "/events", params=params) as stream:
         told.begin(stream.headers.get("Date"))
         yield {"Type": OURS, "Action": CONNECTED}
@@ -98,3 +112,7 @@ async def _connected(
 
 def _nanoseconds(at: datetime) -> int:
     return int(at.replace(microsecond=0).timestamp()) * _SECOND + at.microsecond * 1000
+
+
+def _written(nanoseconds: int) -> str:
+    return "{}.{:09}".format(*divmod(max(0, nanoseconds), _SECOND))

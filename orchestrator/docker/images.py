@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -115,9 +116,9 @@ class Images:
         found: list[dict[str, Any]] = await self._connection.json("GET", "/images/json", params={"filters": filters})
         return found
 
-    async def prune(self, labels: Mapping[str, str]) -> int:
-        """Remove images that have no name, no container and all these labels; returns the bytes that were freed."""
-        filters = {"dangling": ["true"], "label": marks.selectors(labels)}
+    async def prune(self, labels: Mapping[str, str], *, older: timedelta = timedelta()) -> int:
+        """Remove images that have no name, no container, all these labels and that age; returns the bytes freed."""
+        filters = {"dangling": ["true"], "label": marks.selectors(labels), "until": [f"{older.total_seconds():.0f}s"]}
         done = await self._connection.json("POST", "/images/prune", params={"filters": filters}, timeout=_SILENCE)
         return int(done["SpaceReclaimed"])
 

@@ -17,6 +17,8 @@ SESSION = "cluster-code.io/session"
 APP = "cluster-code.io/app"
 DEPLOYMENT = "cluster-code.io/deployment"
 COMMIT = "cluster-code.io/commit"
+# Of what is kept to build an app faster: its id. "" on the images that are built.
+CACHE = "cluster-code.io/cache"
 
 
 def matches(there: Mapping[str, str] | None, wanted: Mapping[str, str]) -> bool:
