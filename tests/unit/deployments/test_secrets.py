@@ -6,9 +6,16 @@ import base64
 import os
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
 
 from orchestrator.deployments.contract import AppSecrets
-from orchestrator.deployments.secrets import Keyring
+from orchestrator.deployments.secrets import Keyring, deploy_key
 from orchestrator.errors import Invalid, SecretsUnreadable, SettingsError
 
 SECRETS = AppSecrets(env={"TOKEN": "s3cret-ünï"}, deploy_key="-----BEGIN", deploy_user="ann", deploy_token="t0ken")
@@ -84,3 +91,29 @@ def test_a_wrong_key_stops_the_start_and_is_not_told(key: str) -> None:
     with pytest.raises(SettingsError, match="key 2 is not 32 bytes in base64") as caught:
         Keyring([_key(), key])
     assert not key or key not in str(caught.value)
+
+
+def _private_keys() -> list[str]:
+    openssh = (Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    keys = [ed25519.Ed25519PrivateKey.generate(), rsa.generate_private_key(65537, 2048)]
+    written = [key.private_bytes(*openssh).decode() for key in keys]
+    return [*written, keys[1].private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption()).decode()]
+
+
+def test_a_deploy_key_is_kept_as_ssh_reads_it() -> None:
+    for key in _private_keys():
+        # As a browser's text field sends it.
+        assert deploy_key(key.strip().replace("\n", "\r\n")) == key
+
+
+def test_what_is_no_private_key_or_needs_a_passphrase_is_refused_and_not_repeated() -> None:
+    locked = ed25519.Ed25519PrivateKey.generate().private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"passphrase")
+    )
+    (key, *_) = _private_keys()
+    for wrong in ("nonsense", "ssh-ed25519 AAAA", key[: len(key) // 2], key.replace("b3Blb", "xxxxx"), locked.decode()):
+        with pytest.raises(Invalid, match="without a passphrase") as caught:
+            deploy_key(wrong)
+        assert caught.value.field == "deploy_key"
+        assert wrong not in str(caught.value)
+        assert caught.value.__cause__ is None
