@@ -178,7 +178,9 @@ class DockerProvider:
         filling.repository()
         if not self._init:
             wanted = [one.without_init() for one in wanted]
-        images = {image: await self._image(ref, image, wanted, report) for image in {one.image: 0 for one in wanted}}
+        images = {
+            image: await self._image(ref, image, wanted, report) for image in dict.fromkeys(one.image for one in wanted)
+        }
         there = {sight.service: sight for sight in await self._see(ref)}
         missing = [one for one in wanted if not _runs(there.get(one.service), one.made_from(images[one.image]))]
         if missing:
