@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 from aiohttp import web
@@ -74,6 +75,13 @@ def tar(files: Mapping[str, bytes | str], *, links: Mapping[str, str] | None = N
             entry.type, entry.linkname = tarfile.SYMTYPE, target
             archive.addfile(entry)
     return packed.getvalue()
+
+
+def busybox_files() -> dict[str, bytes | str]:
+    """A shell and nothing else, as `Registry.add` takes it."""
+    if not BUSYBOX.exists():
+        raise NoDocker(f"There is no {BUSYBOX} to make images of: apt install busybox-static.")
+    return {"bin/": b"", "bin/sh": BUSYBOX.read_bytes()}
 
 
 @cache
@@ -132,7 +140,7 @@ class Owned:
             await engine.volumes.remove(volume["Name"], force=True)
         # Those that others are made of go with them, or after them.
         while images := await engine.images.list(self.labels):
-            gone = [await self._removed(name) for image in images for name in (image["RepoTags"] or [image["Id"]])]
+            gone = [await self._removed(name) for image in images for name in _names(image)]
             if not any(gone):
                 raise AssertionError(f"images are left: {images}")
 
@@ -142,6 +150,11 @@ class Owned:
         except EngineRefused:
             return False
         return True
+
+
+def _names(image: Mapping[str, Any]) -> list[str]:
+    """What to remove it by; without a name that is its id."""
+    return [name for name in image["RepoTags"] or () if name != "<none>:<none>"] or [image["Id"]]
 
 
 # An engine of a test's own. -------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ _MESSAGE = 2000
 
 _STEP = re.compile(r"Step \d+/\d+ : (.*)", re.DOTALL)
 _RUNNING = re.compile(r" ---> Running in ([0-9a-f]{12,64})\n")
+_REMOVING = re.compile(r"Removing intermediate container [0-9a-f]+\n")
 _EXIT = re.compile(r"returned a non-zero code: (\d+)|exit code: (\d+)")
 _SYNTAX = re.compile(
     r"dockerfile parse error|failed to parse Dockerfile|unknown instruction|no build stage", re.IGNORECASE
@@ -208,6 +209,8 @@ class _Build:
         elif running := _RUNNING.fullmatch(text):
             self._task.say(text)
             await self._limit(running[1])
+        elif _REMOVING.fullmatch(text):
+            self._task.say(text)
         else:
             self._say(text)
 
@@ -245,13 +248,14 @@ class _Build:
                 "InvalidDockerfile",
                 self._sentence(f"{self._recipe.dockerfile} cannot be built: {self._lines(message)}."),
             )
-        tail = _ANSI.sub("", self._tail)
+        failed, said = self._trace.failed
+        tail = _ANSI.sub("", said or self._tail)
         if _FULL.search(message) or _FULL.search(tail):
             return StepFailed("DiskFull", "The Docker engine's disk is full: an operator must make room.")
-        if (image := self._base()) is not None:
-            failed = pull_failed(image, message)
-            return StepFailed(failed.reason, self._sentence(str(failed)))
-        instruction = self._instruction or _WRAPPING.sub("", self._trace.failed)
+        if (image := self._base(failed)) is not None:
+            unpulled = pull_failed(image, message)
+            return StepFailed(unpulled.reason, self._sentence(str(unpulled)))
+        instruction = self._instruction or _WRAPPING.sub("", failed)
         instruction = " ".join(instruction.split())
         what = instruction if len(instruction) <= _INSTRUCTION else instruction[:_INSTRUCTION] + "…"
         exited = _EXIT.search(message)
@@ -266,9 +270,9 @@ class _Build:
             "BuildFailed", self._sentence(f"{what} failed with exit code {exited[1] or exited[2]}.{said}")
         )
 
-    def _base(self) -> str | None:
-        """The image that the builder was getting."""
-        if metadata := _METADATA.search(self._trace.failed):
+    def _base(self, failed: str) -> str | None:
+        """The image that the builder was getting; `failed` is a step of BuildKit."""
+        if metadata := _METADATA.search(failed):
             return metadata[1]
         name, *rest = self._instruction.split()[:2] or [""]
         return rest[0] if name.upper() == "FROM" and rest else None

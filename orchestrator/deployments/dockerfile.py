@@ -61,7 +61,8 @@ def only_buildkit(instructions: Sequence[Instruction]) -> str | None:
         for flag, _ in one.flags:
             if flag in _ONLY_BUILDKIT.get(one.name, ()):
                 return f"{one.name} --{flag}"
-        if one.name == "FROM" and (match := _PLATFORM.search(" ".join(value for _, value in one.flags) + one.rest)):
+        words = " ".join([*(value for _, value in one.flags), one.rest])
+        if one.name == "FROM" and (match := _PLATFORM.search(words)):
             return match[0]
         if one.name == "ARG" and re.match(r"(?:TARGET|BUILD)(?:PLATFORM|OS|ARCH|VARIANT)\b", one.rest):
             return f"ARG {one.rest}"

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 # Of a message: by field number, the values of a field in their order (numbers and times as int, all else as bytes).
 Message = dict[int, list[int | bytes]]
 
+# Of what a step said, in characters.
+_TAIL = 4000
+
 
 @dataclass(slots=True)
 class _Vertex:
@@ -25,6 +28,8 @@ class _Vertex:
     started: bool = False
     ended: bool = False
     error: str = ""
+    # The end of what it said.
+    tail: str = ""
 
 
 class Trace:
@@ -37,9 +42,9 @@ class Trace:
         self._line_ended = True
 
     @property
-    def failed(self) -> str:
-        """The name of the step that failed (`[2/3] RUN make`); "" while none has."""
-        return next((vertex.name for vertex in self._vertexes.values() if vertex.error), "")
+    def failed(self) -> tuple[str, str]:
+        """The name of the step that failed (`[2/3] RUN make`), and the end of what it said; "" while none has."""
+        return next(((vertex.name, vertex.tail) for vertex in self._vertexes.values() if vertex.error), ("", ""))
 
     def take(self, data: bytes) -> Iterator[str]:
         """The words for one piece of the trace. Raises ValueError: it is none."""
@@ -64,8 +69,10 @@ class Trace:
 
     def _log(self, log: Message) -> Iterator[str]:
         digest = _bytes(_last(log, 1))
-        if digest in self._vertexes:
-            yield from self._said(digest, _bytes(_last(log, 4)).decode("utf-8", "replace"))
+        if (vertex := self._vertexes.get(digest)) is not None:
+            text = _bytes(_last(log, 4)).decode("utf-8", "replace")
+            vertex.tail = (vertex.tail + text)[-_TAIL:]
+            yield from self._said(digest, text)
 
     def _said(self, digest: bytes, text: str, *, mark: bool = False) -> Iterator[str]:
         if not text:
