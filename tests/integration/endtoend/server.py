@@ -35,6 +35,8 @@ class Server:
             "PORT": "0",
             "ADMIN_PASSWORD": PASSWORD,
             "DATABASE_TIMEOUT": "1",
+            # Not this machine's, unless a test says so.
+            "DOCKER_HOST": "unix:///nowhere/docker.sock",
             "LOG_FORMAT": "json",
             **environment,
         }

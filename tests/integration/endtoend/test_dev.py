@@ -19,13 +19,15 @@ from tests.integration.endtoend.server import PASSWORD, Client, Server, command
 from tests.integration.eventlog.rabbit import opened
 
 
-async def run(server: Server, *arguments: str, given: str = "", **environment: str) -> tuple[int, str, str]:
-    """Run a command beside the server; exit code, stdout, stderr."""
+async def run(
+    server: Server, *arguments: str, given: str = "", deadline: float = 50, **environment: str
+) -> tuple[int, str, str]:
+    """Run a command beside the server, for at most `deadline` seconds; exit code, stdout, stderr."""
     process = await asyncio.create_subprocess_exec(
         *command(*arguments), env={**server.environment, **environment},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    async with asyncio.timeout(50):
+    async with asyncio.timeout(deadline):
         output, errors = await process.communicate(given.encode())
     return process.returncode, output.decode(), errors.decode()
 

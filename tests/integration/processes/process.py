@@ -19,7 +19,7 @@ SECRET = "6f1e0f1c5d3b4a29b8a7c6d5e4f30211"
 # Seconds. Generous: the machine may be busy with other tests.
 DEADLINE = 50.0
 # What would lead a process to what is not its test's.
-_OWN = ("DATABASE_URL", "AMQP_URL", "KUBECONFIG")
+_OWN = ("DATABASE_URL", "AMQP_URL", "KUBECONFIG", "DOCKER_HOST")
 
 
 class Process:
@@ -31,7 +31,7 @@ class Process:
         self.environment = {
             **{name: value for name, value in os.environ.items() if name not in _OWN},
             "HOST": "127.0.0.1", "JWT_SECRET": SECRET, "LOG_FORMAT": "json", "DATABASE_TIMEOUT": "5",
-            "ORCHESTRATOR_PORT": "off", **environment,
+            "ORCHESTRATOR_PORT": "off", "DEPLOY_CONCURRENCY": "0", **environment,
         }  # fmt: skip
         self._command = [sys.executable, "-m", module, *arguments]
         self._process: asyncio.subprocess.Process | None = None
