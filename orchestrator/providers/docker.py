@@ -54,7 +54,6 @@ _PORTS_TRIED = 20
 _SOON, _LATER = 0.05, 0.5
 # Of the output of a container that has crashed.
 _LAST_LINES = 20
-_RUN_ON = frozenset({"running", "restarting", "paused"})
 _MEND = {
     "ImageNotFound": "correct the image in the machine config, or have an operator put it there or at the engine",
     "RegistryUnauthorized": "have an operator give the provider credentials for it",
@@ -113,10 +112,8 @@ class DockerProvider:
 
     async def stop(self, ref: SessionRef) -> None:
         """See `Provider`: containers are kept as they ended, until the next start replaces them."""
-        there = await self._engine.containers.list(self._names.of_session(ref))
-        grace = self._options.stop_grace
         async with self._refusals("stop"):
-            await _all(self._engine.containers.stop(one["Id"], grace) for one in there if one["State"] in _RUN_ON)
+            await _all(self._end(sight) for sight in await self._see(ref))
 
     async def delete(self, ref: SessionRef) -> None:
         """See `Provider`: its containers, its volume, and the network with the project's last session."""
@@ -167,6 +164,17 @@ class DockerProvider:
         """End what is under way, and the connections. Sessions run on. Idempotent."""
         await self._engine.close()
 
+    async def _end(self, sight: Sight) -> None:
+        if sight.wanted:
+            # From now on neither the engine nor a start takes it for one that was only interrupted.
+            policy = {"RestartPolicy": {"Name": sights.NOT_WANTED}}
+            try:
+                await self._engine.containers.update(sight.id, policy)
+            except EngineRefused as error:
+                if error.status != 404:
+                    raise
+        await self._engine.containers.stop(sight.id, self._options.stop_grace)
+
     # A start. --------------------------------------------------------------------------------------------------------
 
     async def _start(self, spec: SessionSpec, report: Report) -> Endpoints:
@@ -192,7 +200,9 @@ class DockerProvider:
                 await filling.make(missing[0].image, report, lambda line: self._say(ref, line, "git"))
             await report("StartingServices", f"Starting {names}.")
             for one in missing:
-                await self._run(one, images[one.image], there.get(one.service))
+                before = there.get(one.service)
+                if not await self._resume(one, images[one.image], before):
+                    await self._run(one, images[one.image], before)
         return await self._get_ready(ref, report)
 
     async def _image(self, ref: SessionRef, image: str, wanted: Collection[Container], report: Report) -> str:
@@ -231,6 +241,17 @@ class DockerProvider:
         for sight in await self._see(ref):
             if sight.service not in keep:
                 await self._engine.containers.remove(sight.id, volumes=True)
+
+    async def _resume(self, wanted: Container, image_id: str, before: Sight | None) -> bool:
+        """Start a container again that nobody has stopped on purpose: the engine was, or its machine."""
+        if before is None or not before.wanted or before.made_from != wanted.made_from(image_id):
+            return False
+        try:
+            await self._engine.containers.start(before.id)
+        except EngineRefused as error:
+            log.info("not started again, but made anew", container=wanted.name, error=str(error))
+            return False
+        return True
 
     async def _run(self, wanted: Container, image_id: str, before: Sight | None) -> None:
         """Make and start one container, in place of what has its name. Raises ProviderFailure, EngineRefused."""

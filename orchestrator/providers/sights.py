@@ -12,6 +12,8 @@ from orchestrator.providers import containers
 from orchestrator.providers.contract import Endpoint, Endpoints, Observation, State
 from orchestrator.providers.symptoms import plain
 
+# The restart policy of a container that was stopped on purpose.
+NOT_WANTED = "no"
 # What the engine calls a container that does not run and that it does not start by itself.
 _ENDED = frozenset({"created", "exited", "dead", "removing"})
 
@@ -25,6 +27,8 @@ class Sight:
     # All services of its session.
     services: frozenset[str]
     made_from: str
+    # Whether it shall run: `stop` takes that off it, and nothing else does.
+    wanted: bool
     # The engine's word: created, running, paused, restarting, removing, exited or dead.
     status: str
     # Of the last run that has ended; `began` is of the one that goes on.
@@ -101,6 +105,7 @@ def read(inspected: Mapping[str, Any], *, url_host: str | None) -> Sight:
         service=marks.get(containers.SERVICE, ""),
         services=frozenset(containers.services_of(marks)),
         made_from=marks.get(containers.MADE_FROM, ""),
+        wanted=inspected["HostConfig"]["RestartPolicy"]["Name"] != NOT_WANTED,
         status=state["Status"],
         exit_code=state["ExitCode"],
         out_of_memory=state["OOMKilled"],

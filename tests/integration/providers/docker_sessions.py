@@ -15,6 +15,16 @@ from tests.docker import Owned
 
 # Answers every GET of a file that is there; says hello first, and ends at once when it is asked to.
 SERVE = "trap 'exit 0' TERM; echo hello from $PORT; httpd -f -p $PORT -h {directory} & wait"
+# Ends with 3 at SIGUSR1, and takes a while to come back.
+BRITTLE = """
+    trap 'exit 0' TERM
+    trap 'echo oh no; exit 3' USR1
+    [ ! -e /workspace/begun ] || sleep 1
+    touch /workspace/begun
+    echo hello
+    httpd -f -p $PORT &
+    while :; do sleep 0.05; done
+"""
 
 
 def shell(image: str, script: str = SERVE.format(directory="/"), **service: Any) -> dict[str, Any]:
