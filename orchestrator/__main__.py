@@ -20,6 +20,7 @@ from orchestrator.run import Orchestrator
 from orchestrator.settings import (
     AmqpSettings,
     DatabaseSettings,
+    DeploySettings,
     OrchestratorSettings,
     ProbeSettings,
     RepositorySettings,
@@ -38,7 +39,7 @@ def main() -> int:
 async def _work(env: Env, signals: Signals) -> int:
     settings = load(OrchestratorSettings, env)
     amqp, database = load(AmqpSettings, env), load(DatabaseSettings, env)
-    schemes = load(RepositorySettings, env).schemes
+    deploy, schemes = load(DeploySettings, env), load(RepositorySettings, env).schemes
     name = f"cluster-code orchestrator {socket.gethostname()}"
     probes = Probes(load(ProbeSettings, env))
     async with AsyncExitStack() as stack:
@@ -52,6 +53,7 @@ async def _work(env: Env, signals: Signals) -> int:
             pool=pool,
             log=events,
             exchange=events,
+            deploy=deploy,
             open_provider=partial(open_provider, repo_schemes=schemes),
         )
         task = await stack.enter_async_context(process.running(orchestrator.run(), "orchestrator"))

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from orchestrator.bridge.bridge import Bridges, Reading
+    from orchestrator.deployments.worker import Worker
     from orchestrator.eventlog.relay import Relaying
     from orchestrator.fleet import Fleet
     from orchestrator.logs import LogWriter
@@ -43,13 +44,20 @@ class Readings(Collector):
     """The parts of one orchestrator, read at the moment of a scrape. `relays` are by what they carry."""
 
     def __init__(
-        self, reconciler: Reconciler, logs: LogWriter, fleet: Fleet, bridges: Bridges, relays: Mapping[str, Relaying]
+        self,
+        reconciler: Reconciler,
+        logs: LogWriter,
+        fleet: Fleet,
+        bridges: Bridges,
+        relays: Mapping[str, Relaying],
+        deployments: Worker | None,
     ) -> None:
         self._reconciler = reconciler
         self._logs = logs
         self._fleet = fleet
         self._bridges = bridges
         self._relays = relays
+        self._deployments = deployments
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry."""
@@ -63,6 +71,8 @@ class Readings(Collector):
         yield up
         yield from _watches(self._bridges.read())
         yield from self._bridges.lag.collect()
+        if self._deployments is not None:
+            yield from _deployments(self._deployments)
 
     def _sessions(self) -> Iterator[Metric]:
         reconciler = self._reconciler
@@ -83,6 +93,22 @@ class Readings(Collector):
             rows.add_metric([what], relaying.rows)
         yield leads
         yield rows
+
+
+def _deployments(worker: Worker) -> Iterator[Metric]:
+    yield gauge("docker_up", "Whether the Docker engine that apps are deployed to answers.", int(worker.trouble == ""))
+    yield gauge("deployments_working", "Deployments and removals that this orchestrator works on now.", worker.working)
+    yield gauge("deployments_working_max", "Those that it works on at most.", worker.concurrency)
+    yield counter("deployment_claims", "Deployments that it has taken on.", worker.claimed)
+    yield counter(
+        "deployment_leases_lost", "Those that another took over, or that the database was lost to.", worker.lost
+    )
+    yield counter("deployment_log_bytes", "Bytes of their logs that it has stored.", worker.log_bytes)
+    ended = CounterMetricFamily("cluster_code_deployments_ended", "Those that it has ended.", labels=["status"])
+    for status in ("live", "failed", "cancelled"):
+        ended.add_metric([status], worker.ended[status])
+    yield ended
+    yield from worker.durations.collect()
 
 
 def _watches(readings: Collection[Reading]) -> Iterator[Metric]:

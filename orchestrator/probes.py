@@ -23,6 +23,8 @@ from prometheus_client.registry import Collector
 
 from orchestrator import machines
 from orchestrator.database import UNAVAILABLE, Pool
+from orchestrator.deployments import leases
+from orchestrator.deployments.worker import Worker
 from orchestrator.errors import LogUnavailable, SettingsError
 from orchestrator.eventlog import outbox
 from orchestrator.eventlog.contract import EventLog
@@ -107,7 +109,7 @@ class Probes:
         """503 while the database is away, and before and after it works.
 
         An event log that is away is told ("degraded") with 200: sessions come and go without it, and their events wait
-        in the outbox. Providers are told, and do not count: others serve meanwhile.
+        in the outbox. Providers and the Docker engine of the apps are told, and do not count: others serve meanwhile.
         """
         (database, providers), events = await asyncio.gather(self._database(), self._events())
         works = self.orchestrator is not None and self.orchestrator.running
@@ -116,6 +118,8 @@ class Probes:
         status = ("ready" if events.state == "ready" else "degraded") if serves else "down"
         parts = {"orchestrator": orchestrator, "database": database, "log": events}
         document = {name: asdict(part) for name, part in parts.items()}
+        if self.orchestrator is not None and self.orchestrator.deployer is not None:
+            document["apps"] = asdict(_engine(self.orchestrator.deployer.worker))
         told = {name: asdict(provider) for name, provider in providers.items()}
         return _json({"status": status, **document, "providers": told}, 200 if serves else 503)
 
@@ -174,15 +178,22 @@ class Probes:
             return _Shared(None)
         try:
             async with asyncio.timeout(_DEADLINE), self.pool.acquire(timeout=_DEADLINE) as connection:
-                return _Shared(await outbox.lag(connection))
+                return _Shared(await outbox.lag(connection), await leases.queued(connection))
         except UNAVAILABLE as error:
             log.warning("no metrics of the database", error=str(error) or type(error).__name__)
             return _Shared(None)
 
 
+def _engine(worker: Worker) -> _Part:
+    if worker.trouble is None:
+        return _Part("down", "The Docker engine has not answered yet.")
+    return _Part("down", worker.trouble) if worker.trouble else _Part("ready")
+
+
 class _Shared(Collector):
-    def __init__(self, lag: tuple[int, float] | None) -> None:
+    def __init__(self, lag: tuple[int, float] | None, queued: tuple[int, float] = (0, 0.0)) -> None:
         self._lag = lag
+        self._queued = queued
 
     def collect(self) -> Iterator[Metric]:
         yield gauge("database_up", "Whether the database answered.", int(self._lag is not None))
@@ -190,6 +201,9 @@ class _Shared(Collector):
             count, age = self._lag
             yield gauge("outbox_events", "Events that the log has not confirmed yet.", count)
             yield gauge("outbox_oldest_seconds", "Age of the oldest of them.", age)
+            count, age = self._queued
+            yield gauge("deployments_queued", "Deployments that wait to be begun.", count)
+            yield gauge("deployments_queued_oldest_seconds", "Age of the oldest of them.", age)
 
 
 def _json(document: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -13,6 +13,7 @@ from orchestrator import events, fleet
 from orchestrator.bridge.bridge import Bridges
 from orchestrator.bridge.statuses import Look
 from orchestrator.database import UNAVAILABLE, Pool, Wakeup, backoff, guard, leadership, listen, require_schema
+from orchestrator.deployments.deployer import Deployer
 from orchestrator.eventlog import dead_letters, outbox
 from orchestrator.eventlog.contract import EventLog, Exchange
 from orchestrator.eventlog.relay import Relaying
@@ -25,7 +26,7 @@ from orchestrator.sessions import leases
 from orchestrator.sessions.culling import cull
 from orchestrator.sessions.observe import Observer
 from orchestrator.sessions.reconcile import Reconciler
-from orchestrator.settings import DatabaseSettings, OrchestratorSettings
+from orchestrator.settings import DatabaseSettings, DeploySettings, OrchestratorSettings
 from orchestrator.tasks import to_the_end
 from orchestrator.user_sync import UserSync
 
@@ -42,13 +43,13 @@ TURN_DEADLINE = 120.0
 
 
 class Orchestrator:
-    """Makes sessions what they shall be. Any number may work on one database.
+    """Makes sessions what they shall be, and deploys apps. Any number may work on one database.
 
     `run` until cancelled: the first cancellation takes no new work, gives steps that are under way `grace` seconds,
     gives the rest back so that another goes on at once, and closes the providers. `alone` says that no other
     orchestrator works on this database (it is embedded): what a killed one held is then taken over at once. `exchange`
-    is what there is beside a log in RabbitMQ. The pool, the event log and the exchange are the caller's, and outlive
-    this.
+    is what there is beside a log in RabbitMQ. Without `deploy`, and with a concurrency of 0 in it, apps are others' to
+    deploy. The pool, the event log and the exchange are the caller's, and outlive this.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Orchestrator:
         log: EventLog,
         open_provider: OpenProvider,
         exchange: Exchange | None = None,
+        deploy: DeploySettings | None = None,
         alone: bool = False,
         grace: float = 5.0,
     ) -> None:
@@ -91,13 +93,23 @@ class Orchestrator:
         self._observer = Observer(settings, pool, self._work, self._fleet.find)
         self.bridges = Bridges(database_settings, pool, self._logs, Look(self._observer.look, settings.start_deadline))
         self._reconciler = Reconciler(settings, pool, self._work, self._fleet.find, lambda: self._fleet.elsewhere)
+        self.deployer = (
+            Deployer(deploy, database_settings, pool) if deploy is not None and deploy.concurrency > 0 else None
+        )
         self._culled_at: float | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         relays = {"outbox": Relaying()} | ({"dead letters": Relaying()} if exchange is not None else {})
         self._relays = relays
         # When each of these loops is to have come round again (monotonic).
         self._due: dict[str, float] = {}
-        self.metrics = Readings(self._reconciler, self._logs, self._fleet, self.bridges, relays)
+        self.metrics = Readings(
+            self._reconciler,
+            self._logs,
+            self._fleet,
+            self.bridges,
+            relays,
+            self.deployer.worker if self.deployer else None,
+        )
 
     @property
     def running(self) -> bool:
@@ -122,7 +134,7 @@ class Orchestrator:
             await self._until_one_ends()
         finally:
             # A second cancellation does not wait for the grace to end, but closes what is open all the same.
-            await to_the_end(self._close(), name="orchestrator close", on_cancel=self._reconciler.abandon)
+            await to_the_end(self._close(), name="orchestrator close", on_cancel=self._abandon)
 
     async def _open(self) -> None:
         """Take over and open the providers, however long the database is away. Raises SchemaOutdated."""
@@ -138,6 +150,8 @@ class Orchestrator:
         async with self._pool.acquire() as connection:
             if count := await leases.void(connection):
                 log.warning("going on with what a killed orchestrator was working on", sessions=count)
+        if self.deployer is not None and (count := await self.deployer.take_over()):
+            log.warning("going on with what a killed orchestrator was working on", deployments=count)
 
     def _roots(self) -> dict[str, Coroutine[Any, Any, None]]:
         wakeups = {
@@ -146,6 +160,8 @@ class Orchestrator:
             "outbox": self._outbox,
             "dead_letters": self._dead_letters,
         }
+        if self.deployer is not None:
+            wakeups["deployments"] = self.deployer.wakeup
         poll = self._settings.poll_interval
         roots: dict[str, Coroutine[Any, Any, None]] = {
             "listen": listen(self._database_settings, wakeups),
@@ -161,6 +177,11 @@ class Orchestrator:
             ),
             "holds": guard("holds", self._look_for_providers),
         }
+        if self.deployer is not None:
+            for name, iteration in self.deployer.roots().items():
+                # The leader's never comes round: it is the engine that has deadlines.
+                watched = iteration if name == "sweep" else self._watched(name, iteration, 60.0)
+                roots[name] = guard(name, watched)
         if self._exchange is not None:
             roots["dead letters"] = dead_letters.relay(
                 self._database_settings, self._exchange, self._dead_letters, poll, self._relays["dead letters"]
@@ -223,13 +244,24 @@ class Orchestrator:
 
     async def _close(self) -> None:
         # Leases are renewed and results recorded while what is under way comes to its end.
-        await self._reconciler.drain(self._grace)
+        drains = [self._reconciler.drain(self._grace)]
+        if self.deployer is not None:
+            drains.append(self.deployer.worker.drain(self._grace))
+        await asyncio.gather(*drains)
         await self._end("reconcile", "upkeep", "own upkeep", "providers", "holds")
+        if self.deployer is not None:
+            await self._end(*self.deployer.roots())
+            await self.deployer.close()
         await self._fleet.close()
         await self._end("session output")
         await self._logs.flush(FLUSH_DEADLINE)
         await self._end(*self._tasks)
         log.info("orchestrator ended")
+
+    def _abandon(self) -> None:
+        self._reconciler.abandon()
+        if self.deployer is not None:
+            self.deployer.worker.abandon()
 
     async def _end(self, *names: str) -> None:
         tasks = [self._tasks.pop(name) for name in names if name in self._tasks]

@@ -124,6 +124,7 @@ async def _main(env: Env, settings: Settings) -> None:
             pool=pool,
             log=events,
             exchange=exchange,
+            deploy=_deploy_settings(env, settings.deploy, instance, edge.secrets_key),
             open_provider=partial(open_provider, repo_schemes=settings.gateway.repo_schemes),
             alone=settings.database is None,
         )
@@ -137,6 +138,15 @@ async def _main(env: Env, settings: Settings) -> None:
         stack.enter_context(instance.announce(url, None if settings.database else database.url))
         click.echo(f"Ready: {url} (in {time.monotonic() - started:.1f} s). Ctrl-C ends it.")
         await until_stopped(signals, *parts, gateway.until_failure(app))
+
+
+def _deploy_settings(env: Env, settings: DeploySettings, instance: Instance, keys: list[str]) -> DeploySettings:
+    """As they are set; what is not is this data directory's own, since others may use the same engine."""
+    if not env.str("DEPLOY_DIR", ""):
+        settings = replace(settings, directory=instance.directory / "deployments")
+    if not env.str("DEPLOY_INSTANCE", ""):
+        settings = replace(settings, instance=instance.name)
+    return replace(settings, secrets_key=keys)
 
 
 @asynccontextmanager

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import hashlib
 import json
 import os
 import secrets
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -43,6 +45,12 @@ class Instance:
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
         self._announcement = self.directory / "dev.json"
+
+    @property
+    def name(self) -> str:
+        """What tells it from other data directories of this machine, and of others that share something with it."""
+        where = f"{socket.gethostname()}:{self.directory}"
+        return f"dev-{hashlib.sha256(where.encode()).hexdigest()[:12]}"
 
     @contextmanager
     def hold(self, who: str) -> Iterator[None]:

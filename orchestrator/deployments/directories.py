@@ -10,8 +10,10 @@ from uuid import UUID
 
 import structlog
 
+from orchestrator.children.processes import Selection, end
 from orchestrator.database import Connection
 from orchestrator.deployments import leases
+from orchestrator.deployments.source import MARKER
 
 log = structlog.get_logger("deployments")
 
@@ -44,12 +46,13 @@ async def remove(path: Path) -> None:
 async def remove_leftovers(connection: Connection, directory: Path) -> int:
     """Remove those whose claim holds no more: their worker was killed. How many there were.
 
-    Other workers may have theirs beside ours.
+    What still runs in one is ended first. Other workers may have theirs beside ours.
     """
     found = await asyncio.to_thread(_found, directory)
     held = await leases.owners(connection, found.keys())
     left = [path for owner, path in found.items() if owner not in held]
     for path in left:
+        await end(Selection({MARKER: str(path)}), grace=0)
         await remove(path)
     return len(left)
 

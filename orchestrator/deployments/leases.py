@@ -199,6 +199,21 @@ async def retire_others(connection: Connection, deployment: Deployment) -> None:
         )
 
 
+async def forget_images(connection: Connection, deployment: Deployment, there: Collection[str]) -> None:
+    """Say of the app's other deployments that their images are gone, but for those that are `there`, by id."""
+    async with connection.transaction():
+        rows = await connection.fetch(
+            f"SELECT {COLUMNS} FROM deployments "  # noqa: S608  Our own column names.
+            "WHERE app_id = $1 AND id <> $2 AND finished_at IS NOT NULL AND status <> 'live' AND image IS NOT NULL "
+            "AND image_id <> ALL ($3) ORDER BY id FOR NO KEY UPDATE",
+            deployment.app_id,
+            deployment.id,
+            list(there),
+        )
+        for row in rows:
+            await record.write(connection, Deployment(*row), image=None, image_id=None)
+
+
 async def explain_waiting(connection: Connection, reason: str, message: str) -> None:
     """Tell those that are queued and due why they wait; each once for one reason."""
     async with connection.transaction():

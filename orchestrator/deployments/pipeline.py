@@ -67,6 +67,9 @@ class Steps(Protocol):
     async def clean(self, task: Task) -> None:
         """Remove those before, and images that are not kept. Raises StepFailed."""
 
+    async def image_ids(self, app_id: int) -> set[str]:
+        """The ids of those that the engine has of an app."""
+
     async def discard(self, task: Task) -> None:
         """Remove its container, and the image that it built. Raises StepFailed."""
 
@@ -148,6 +151,8 @@ class Pipeline:
             reason="Cancelled",
             message="Cancelled, as requested.",
             steps=steps,
+            image=None,
+            image_id=None,
         )
 
     async def give_back(self, after: float = 0.0) -> None:
@@ -203,6 +208,12 @@ class Pipeline:
                 await self._step(step, lambda work=work: work(task))  # type: ignore[misc]
             except StepFailed as error:
                 log.warning("not tidied up", deployment=task.deployment_id, step=step.value, error=str(error))
+        try:
+            there = await self._steps.image_ids(task.app_id)
+        except (ProviderUnavailable, EngineRefused) as error:
+            log.warning("images not seen", deployment=task.deployment_id, error=str(error))
+        else:
+            await self._stubbornly(lambda connection: leases.forget_images(connection, self.deployment, there))
 
     async def _step(
         self,
@@ -264,7 +275,7 @@ class Pipeline:
         self._ending = True
         await self._write(reason=error.reason, message=str(error))
         await self._discard(task, _FAIL_DEADLINE)
-        await self._finish(Status.FAILED, reason=error.reason, message=str(error))
+        await self._finish(Status.FAILED, reason=error.reason, message=str(error), image=None, image_id=None)
 
     async def _discard(self, task: Task, deadline: float) -> None:
         """Remove what it has made, as far as that can be done now; the sweep removes the rest."""

@@ -78,6 +78,9 @@ class Engine:
         await self._act("clean", task)
         self.containers = {name for name in self.containers if name == task.container or not _of(task.app_name, name)}
 
+    async def image_ids(self, app_id: int) -> set[str]:
+        return {f"sha256:{image.rpartition(':')[2]}" for image in self.images}
+
     async def discard(self, task: Task) -> None:
         await self._act("discard", task)
         self.containers.discard(task.container)

@@ -530,12 +530,12 @@ async def test_a_database_that_cuts_connections_doubles_and_loses_nothing(
     stage.engine.acts["build"] = stage.engine.acts["probe"] = talk
     async with stage.running(pool=own):
         deployment = await place.enqueue(app)
-        while (await stage.get(deployment)).status != "live":
+        for _ in range(10):
             await stage.fetch(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                 "WHERE application_name = 'own' AND datname = current_database()"
             )
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
         await stage.ended(deployment, "live")
     lines = [f"line {number}" for number in range(15)]
     assert (await stage.log(deployment)).splitlines() == lines + lines
