@@ -56,6 +56,8 @@ class Connection:
         self, host: str = "", *, name: str = "Docker", timeout: float = 15.0, tls: ssl.SSLContext | None = None
     ) -> None:
         self._tls = tls
+        # Where people can mend it.
+        self._said_by = "its endpoint" if host else "DOCKER_HOST"
         self.host = host or os.environ.get("DOCKER_HOST") or _local()
         self.name = name
         self.timeout = timeout
@@ -150,7 +152,7 @@ class Connection:
             newest = _parsed(found["ApiVersion"])
             oldest = _parsed(found.get("MinAPIVersion") or "1.12")
         except (TypeError, KeyError, ValueError):
-            raise self.unavailable("answers, but not as a Docker engine does: correct DOCKER_HOST") from None
+            raise self.unavailable(f"answers, but not as a Docker engine does: correct {self._said_by}") from None
         if newest < OLDEST:
             raise self.unavailable(f"is too old ({found.get('Version')}): it takes Docker {_OLDEST_ENGINE} or newer")
         if oldest > NEWEST:
@@ -215,7 +217,7 @@ class Connection:
             self._version = None
             if sent is not None and sent.error is not None:
                 raise sent.error from None
-            raise self.unavailable(f"cannot be reached ({reason(error)}): start it, or correct DOCKER_HOST") from None
+            raise self.unavailable(f"cannot be reached ({reason(error)}): start it, or correct {self._said_by}") from None
 
     def unavailable(self, what: str) -> ProviderUnavailable:
         """The error that says so, with the engine's host."""
