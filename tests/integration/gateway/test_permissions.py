@@ -32,6 +32,16 @@ RULES = [
     Rule(VIEWER, "GET", "/sessions/{session}/events", 200),
     Rule(VIEWER, "GET", "/sessions/{session}/logs", 200),
     Rule(VIEWER, "GET", "/sessions/project/{uuid}", 200),
+    Rule(VIEWER, "GET", "/apps/{app}", 200),
+    Rule(VIEWER, "GET", "/apps/{app}/deployments", 200),
+    Rule(VIEWER, "GET", "/deployments/{deployment}", 200),
+    Rule(VIEWER, "GET", "/deployments/{deployment}/logs", 200),
+    Rule(MEMBER, "POST", "/apps", 409, {"workspace_id": 0, "name": "shop", "repo_url": "https://git.test/shop"}),
+    Rule(MEMBER, "PUT", "/apps/{app}", 200, {"port": 3000}),
+    Rule(MEMBER, "POST", "/apps/{app}/deployments", 201, {"branch": "main"}),
+    Rule(MEMBER, "POST", "/apps/{app}/hook-secret", 422),
+    Rule(MEMBER, "POST", "/deployments/{ended}/cancel", 409),
+    Rule(MEMBER, "POST", "/deployments/{ended}/rollback", 201),
     Rule(MEMBER, "POST", "/projects", 201, {"workspace_id": 0, "name": "x"}),
     Rule(MEMBER, "PUT", "/projects/{project}", 200, {"name": "x"}),
     Rule(MEMBER, "POST", "/sessions", 202, {"project_id": 0}),
@@ -43,6 +53,7 @@ RULES = [
     Rule(ADMIN, "PUT", "/workspaces/{workspace}/members/{guest}", 200, {"role": "member"}),
     Rule(ADMIN, "DELETE", "/workspaces/{workspace}/members/{guest}", 204),
     Rule(ADMIN, "DELETE", "/projects/{spare}", 204),
+    Rule(ADMIN, "DELETE", "/apps/{spare_app}", 202),
     Rule(MEMBER, "DELETE", "/sessions/{session}", 202),
     Rule(OWNER, "DELETE", "/workspaces/{spare_workspace}", 204),
 ]
@@ -67,6 +78,7 @@ async def stage(api: Api) -> Stage:
     async with api.pool.acquire() as connection:
         await connection.execute("INSERT INTO workspace_members VALUES ($1, $2, 'viewer')", workspace, guest.id)
     ids = {
+        **await _apps(api, workspace),
         "workspace": workspace,
         "spare_workspace": await api.workspace(people[OWNER], **members),
         "project": project["id"],
@@ -76,6 +88,30 @@ async def stage(api: Api) -> Stage:
         "guest": guest.id,
     }
     return Stage(people, ids)
+
+
+async def _apps(api: Api, workspace: int) -> dict[str, int]:
+    """An app with a deployment that served, another one, and one app more."""
+    apps = await api.fetch(
+        """INSERT INTO apps (workspace_id, name, repo_url, settings, last_number)
+           SELECT $1, name, 'https://git.test/shop', '{}', 2 FROM unnest('{shop,spare}'::text[]) AS name
+           RETURNING id""",
+        workspace,
+    )
+    deployments = await api.fetch(
+        """INSERT INTO deployments (app_id, workspace_id, number, cause, repo_url, settings, status, image, image_id,
+                                    finished_at)
+           SELECT $1, $2, number, 'manual', 'https://git.test/shop', '{}', 'retired', 'i', 'sha256:1', now()
+             FROM generate_series(1, 2) AS number RETURNING id""",
+        apps[0]["id"],
+        workspace,
+    )
+    return {
+        "app": apps[0]["id"],
+        "spare_app": apps[1]["id"],
+        "deployment": deployments[0]["id"],
+        "ended": deployments[1]["id"],
+    }
 
 
 async def ask(api: Api, stage: Stage, rule: Rule, who: str) -> int:
