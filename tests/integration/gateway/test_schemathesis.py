@@ -28,8 +28,8 @@ CHECKS = [
 ]  # fmt: skip
 
 
-# It waits for the end of each answer, which a stream of lines has not; and it would give its own account another password,
-# which ends the token that it calls with.
+# It waits for the end of each answer, which a stream of lines has not; and it would give its own account another
+# password, which ends the token that it calls with.
 CONFIG = """
 [[operations]]
 include-path = "/api/v1/users/{user_id}"
