@@ -62,7 +62,7 @@ def ours(settings: DeploySettings, *, app_id: int | None = None, deployment_id: 
 def routes(
     name: str, domains: Sequence[str], port: int, settings: DeploySettings, *, router: str | None = None
 ) -> dict[str, str]:
-    """What Traefik's Docker provider reads. `router`: another name for the router and the service than the app's.
+    """What Traefik's Docker provider reads. `router`: another name for the router than the app's.
 
     Raises Invalid (`name`, `domains`, `port`) and SettingsError.
     """
@@ -77,10 +77,10 @@ def routes(
     http = {
         f"routers.{known}.rule": rule,
         f"routers.{known}.entrypoints": ",".join(settings.entrypoints),
-        f"routers.{known}.service": known,
+        f"routers.{known}.service": name,
         f"routers.{known}.middlewares": _RETRY,
         **({f"routers.{known}.tls.certresolver": settings.cert_resolver} if settings.cert_resolver else {}),
-        f"services.{known}.loadbalancer.server.port": str(port),
+        f"services.{name}.loadbalancer.server.port": str(port),
     }
     return {
         "traefik.enable": "true",
@@ -91,22 +91,17 @@ def routes(
 
 
 def clashes(these: Mapping[str, str], those: Mapping[str, str]) -> bool:
-    """Whether two containers say different things of a router or a service of the same name.
+    """Whether two containers say different things of a router of the same name.
 
-    Traefik then drops it, for as long as it sees both. Only their ports may differ.
+    Traefik then drops it, for as long as it sees both. Of a service each only says where itself is.
     """
-    one, other = _told(these), _told(those)
-    shared = {(kind, name) for kind, name, _ in one} & {(kind, name) for kind, name, _ in other}
-    return any(
-        {key: value for key, value in one.items() if key[:2] == both}
-        != {key: value for key, value in other.items() if key[:2] == both}
-        for both in shared
-    )
+    one, other = _routers(these), _routers(those)
+    return any(one[router] != other[router] for router in one.keys() & other.keys())
 
 
 def forbidden(image: Mapping[str, str]) -> list[str]:
     """The labels of an image that no image of an app may have, but for ours that its container gets anyway."""
-    replaced = {marks.INSTANCE, marks.APP, marks.DEPLOYMENT, marks.COMMIT, SPEC}
+    replaced = {marks.INSTANCE, marks.APP, marks.DEPLOYMENT, marks.COMMIT, marks.CACHE, SPEC}
     return sorted(key for key in image if key.lower().startswith(_RESERVED) and key not in replaced)
 
 
@@ -127,13 +122,11 @@ def _words(settings: DeploySettings) -> dict[str, list[str]]:
     }
 
 
-def _told(labels: Mapping[str, str]) -> dict[tuple[str, str, str], str]:
-    """What labels say of routers and services: by kind, name and property."""
-    told = {}
+def _routers(labels: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What labels say of routers: by name and property."""
+    said: dict[str, dict[str, str]] = {}
     for key, value in labels.items():
-        kind, _, rest = key.lower().removeprefix("traefik.http.").partition(".")
-        name, _, told_of = rest.partition(".")
-        known = key.lower().startswith("traefik.http.") and kind in ("routers", "services")
-        if known and told_of != "loadbalancer.server.port":
-            told[kind, name, told_of] = value
-    return told
+        if key.startswith("traefik.http.routers."):
+            name, _, of = key.removeprefix("traefik.http.routers.").partition(".")
+            said.setdefault(name, {})[of] = value
+    return said

@@ -220,7 +220,7 @@ def _credentials(key: str, entry: Mapping[str, str]) -> Auth | None:
     found = {name: entry[name] for name in ("username", "password", "identitytoken") if entry.get(name)}
     if entry.get("auth"):
         try:
-            user, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
+            user, _, password = base64.b64decode(entry["auth"], validate=True).decode().partition(":")
         except (binascii.Error, UnicodeDecodeError):
             return None
         found |= {"username": user, "password": password.rstrip("\0")}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from urllib.parse import quote
 
 from orchestrator.docker.connection import Connection, Stream
@@ -14,6 +15,8 @@ from orchestrator.errors import EngineRefused
 LONGEST = 1024 * 1024
 # Engines keep a longer line in parts of this size, each with its time before it.
 _PART = 16 * 1024
+# The times of two streams are not quite in the order that they are told in.
+_OVERLAP = timedelta(milliseconds=10)
 _STREAMS = {1: "stdout", 2: "stderr"}
 # What is shorter holds no time and no space after it: `2026-01-01T00:00:00.000000000Z `.
 _STAMP = 31
@@ -26,6 +29,35 @@ async def read(
     connection: Connection, container: str, *, follow: bool, since: datetime | None, tail: int | None
 ) -> AsyncGenerator[LogLine, None]:
     """See `Engine.logs`."""
+    told: deque[LogLine] = deque()
+    async with aclosing(_read(connection, container, follow=follow, since=since, tail=tail)) as lines:
+        async for line in lines:
+            yield line
+            if follow:
+                told.append(line)
+                while told[0][1] < line[1] - _OVERLAP:
+                    told.popleft()
+    if not follow or (tail == 0 and not told):
+        return
+    # Engines stop following a container that ends before they have told its last lines.
+    again = Counter(told)
+    since = max(at for _, at, _ in told) - _OVERLAP if told else since
+    try:
+        async with aclosing(_read(connection, container, follow=False, since=since, tail=None)) as lines:
+            async for line in lines:
+                if again[line]:
+                    again[line] -= 1
+                else:
+                    yield line
+    except EngineRefused as error:
+        # It was removed meanwhile.
+        if error.status not in (404, 409):
+            raise
+
+
+async def _read(
+    connection: Connection, container: str, *, follow: bool, since: datetime | None, tail: int | None
+) -> AsyncGenerator[LogLine, None]:
     path = f"/containers/{quote(container, safe='')}"
     terminal = (await connection.json("GET", f"{path}/json"))["Config"]["Tty"]
     params = {"follow": follow, "stdout": True, "stderr": True, "timestamps": True}
