@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,21 +104,11 @@ class DevPod:
         log = _Log(hear, take, hide)
         make_stdout = partial(Capture, capture) if capture else partial(Stream, log.stdout, log.left_out)
         pipes: list[Pipe] = []
-        writes: list[int] = []
         try:
-            try:
-                for make in (make_stdout, partial(Stream, log.stderr, log.left_out)):
-                    pipe, write = await open_pipe(make)
-                    pipes.append(pipe)
-                    writes.append(write)
-                process = await spawn(
-                    [self._program(), *arguments, "--log-output", "json"],
-                    cwd=home, env={**self._environment(home), **(env or {}), **markers},
-                    stdout=writes[0], stderr=writes[1],
-                )  # fmt: skip
-            finally:
-                for write in writes:
-                    os.close(write)
+            process = await self._spawn(
+                arguments, pipes, (make_stdout, partial(Stream, log.stderr, log.left_out)), home,
+                {**self._environment(home), **(env or {}), **markers},
+            )  # fmt: skip
             try:
                 async with asyncio.timeout(deadline):
                     code = await process.wait()
@@ -126,13 +116,36 @@ class DevPod:
             finally:
                 await finish(end(Selection(markers), grace=grace), name=f"end of devpod {arguments[0]}")
             await drain(*pipes, timeout=1)
-        except OSError as error:
-            raise ProviderUnavailable(f"{self._program()} cannot be run: {error.strerror or error}.") from error
         finally:
             for pipe in pipes:
                 pipe.close()
         output = pipes[0].output if isinstance(pipes[0], Capture) else b""
         return Outcome(code, tuple(log.said), tuple(log.printed), output)
+
+    async def _spawn(
+        self,
+        arguments: Sequence[str],
+        pipes: list[Pipe],
+        makers: Sequence[Callable[[], Pipe]],
+        home: Path,
+        env: Mapping[str, str],
+    ) -> asyncio.subprocess.Process:
+        """Start the program with its output going into pipes that the makers make, which are added to `pipes`."""
+        program = self._program()
+        writes: list[int] = []
+        try:
+            for make in makers:
+                pipe, write = await open_pipe(make)
+                pipes.append(pipe)
+                writes.append(write)
+            return await spawn(
+                [program, *arguments, "--log-output", "json"], cwd=home, env=env, stdout=writes[0], stderr=writes[1]
+            )
+        except OSError as error:
+            raise ProviderUnavailable(f"{program} cannot be run: {error.strerror or error}.") from error
+        finally:
+            for write in writes:
+                os.close(write)
 
     async def _version(self, program: str) -> tuple[int, ...]:
         try:

@@ -141,7 +141,7 @@ class Workspaces:
         if not await in_thread(lambda: home.is_there):
             return Seen.UNKNOWN
         deadline = self._options.status_deadline
-        outcome = await self._ask(ref, "status", deadline + 5, "--output", "json", "--timeout", f"{deadline:g}s")
+        outcome = await self._ask(ref, "status", deadline, "--output", "json", "--timeout", f"{deadline:g}s")
         for line in outcome.printed:
             if (seen := _state(line)) is not None:
                 return seen
