@@ -33,7 +33,7 @@ class Project:
     repo_url: str | None
     branch: str | None
     env: Mapping[str, str]
-    # As `orchestrator.machine_schema.ChartValuesSchema` takes them.
+    # As `orchestrator.machine_kinds.ChartValuesSchema` takes them.
     chart_values: Mapping[str, Any]
     # None: that user is gone.
     created_by: int | None

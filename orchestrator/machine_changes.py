@@ -13,7 +13,8 @@ import asyncpg
 
 from orchestrator.database import Connection
 from orchestrator.errors import Conflict, InUse, Invalid, NotFound
-from orchestrator.machine_schema import errors_by_field, errors_for_kind, place_of
+from orchestrator.machine_fields import errors_by_field
+from orchestrator.machine_schema import errors_for_kind, place_of
 from orchestrator.machines import MachineConfig, ProviderRow, machine_configs, providers
 
 Entry = Mapping[str, Any]

@@ -19,7 +19,8 @@ from marshmallow import Schema, ValidationError, fields
 from orchestrator import machine_changes
 from orchestrator.database import Connection
 from orchestrator.errors import Invalid
-from orchestrator.machine_schema import MachineConfigSchema, ProviderSchema, flatten
+from orchestrator.machine_fields import flatten
+from orchestrator.machine_schema import MachineConfigSchema, ProviderSchema
 from orchestrator.machines import MachineConfig, ProviderRow, machine_configs, providers
 
 _LARGEST_FILE = 1 << 20

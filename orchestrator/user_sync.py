@@ -29,7 +29,7 @@ from orchestrator import permissions_changed
 from orchestrator.database import Connection, Pool
 from orchestrator.errors import Conflict
 from orchestrator.eventlog.contract import Delivery, Undeliverable
-from orchestrator.machine_schema import flatten
+from orchestrator.machine_fields import flatten
 
 log = structlog.get_logger("user sync")
 

@@ -13,7 +13,8 @@ from marshmallow import ValidationError
 from auth import audit
 from orchestrator import credentials, holds, machine_changes, machine_import, machines
 from orchestrator.errors import Invalid, NotFound, ProviderUnavailable, SettingsError
-from orchestrator.machine_schema import ProviderSchema, errors_by_field
+from orchestrator.machine_fields import errors_by_field
+from orchestrator.machine_schema import ProviderSchema
 from orchestrator.providers.contract import IN_PROCESS
 from orchestrator.providers.registry import open_provider
 from orchestrator.settings import OrchestratorSettings, load

@@ -20,7 +20,7 @@ from auth import audit
 from auth.errors import Taken, Unacceptable
 from orchestrator import user_sync
 from orchestrator.errors import Conflict, Invalid
-from orchestrator.machine_schema import flatten
+from orchestrator.machine_fields import flatten
 from orchestrator.user_sync import ExternalId, SyncedUser
 from scripts import target
 

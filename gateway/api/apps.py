@@ -37,7 +37,7 @@ from orchestrator.deployments.contract import AppSecrets, AppSettings
 from orchestrator.deployments.hooks import Kind
 from orchestrator.deployments.secrets import deploy_key
 from orchestrator.errors import Invalid, SecretsUnreadable
-from orchestrator.machine_schema import parse_bytes, parse_cores
+from orchestrator.machine_fields import parse_bytes, parse_cores
 
 _ONE = {"app_id": PathKind.ID}
 # What Docker refuses to run a container with less than.

@@ -25,7 +25,7 @@ from gateway.fields import (
 )
 from gateway.operation import Call, Database, PathKind, answer, nothing, operation, page
 from gateway.repository import check_branch, check_repo_url, without_secrets
-from orchestrator.machine_schema import ChartValuesSchema
+from orchestrator.machine_kinds import ChartValuesSchema
 
 # Bytes. A release keeps all its values in one Secret, which takes 1 MiB.
 _LARGEST_CHART_VALUES = 64 << 10

@@ -217,7 +217,8 @@ class Connection:
             self._version = None
             if sent is not None and sent.error is not None:
                 raise sent.error from None
-            raise self.unavailable(f"cannot be reached ({reason(error)}): start it, or correct {self._said_by}") from None
+            why = f"cannot be reached ({reason(error)}): start it, or correct {self._said_by}"
+            raise self.unavailable(why) from None
 
     def unavailable(self, what: str) -> ProviderUnavailable:
         """The error that says so, with the engine's host."""

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from orchestrator.machine_schema import SERVICES, parse_bytes, parse_cores
+from orchestrator.machine_fields import parse_bytes, parse_cores
+from orchestrator.machine_kinds import SERVICES
 from orchestrator.providers.contract import SessionSpec
 from orchestrator.providers.options import KubernetesOptions
 
@@ -56,7 +57,7 @@ def _of_machine(spec: SessionSpec) -> dict[str, Any]:
 
 
 def _of_service(said: Mapping[str, Any]) -> dict[str, Any]:
-    """A service of a machine config (`machine_schema.KubernetesServiceSchema`) in the chart's words."""
+    """A service of a machine config (`machine_kinds.KubernetesServiceSchema`) in the chart's words."""
     values = {name: said[name] for name in ("image", "command", "args", "env", "port", "path") if name in said}
     if "pull_policy" in said:
         values["imagePullPolicy"] = said["pull_policy"]

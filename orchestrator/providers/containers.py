@@ -17,7 +17,9 @@ from typing import Any
 
 from orchestrator.docker import labels
 from orchestrator.errors import ProviderFailure
-from orchestrator.machine_schema import SERVICES, errors_for_kind, flatten, parse_bytes, parse_cores
+from orchestrator.machine_fields import flatten, parse_bytes, parse_cores
+from orchestrator.machine_kinds import SERVICES
+from orchestrator.machine_schema import errors_for_kind
 from orchestrator.providers.chart_values import overlaid
 from orchestrator.providers.contract import SessionRef, SessionSpec
 from orchestrator.providers.options import DockerOptions

@@ -59,7 +59,7 @@ class SessionSpec:
     # The project's environment. Never logged.
     env: Mapping[str, str]
     machine: Machine
-    # What the project says of its chart, over what its machine says (`machine_schema.ChartValuesSchema`).
+    # What the project says of its chart, over what its machine says (`machine_kinds.ChartValuesSchema`).
     chart_values: Mapping[str, Any] = field(default_factory=dict)
     # Seconds until the caller gives it up; None: never. Who can go back to what ran before needs some of them for that.
     deadline: float | None = None

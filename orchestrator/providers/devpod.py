@@ -20,7 +20,8 @@ import structlog
 
 from orchestrator.children.processes import INSTANCE, Selection, end
 from orchestrator.errors import ProviderFailure, ProviderUnavailable
-from orchestrator.machine_schema import errors_for_kind, flatten
+from orchestrator.machine_fields import flatten
+from orchestrator.machine_schema import errors_for_kind
 from orchestrator.providers import devpod_troubles as troubles
 from orchestrator.providers.changes import Changes
 from orchestrator.providers.contract import (

@@ -22,7 +22,7 @@ import structlog
 from orchestrator.docker import labels
 from orchestrator.docker.engine import Engine
 from orchestrator.errors import EngineRefused, ImagePullFailed, ProviderFailure, ProviderUnavailable
-from orchestrator.machine_schema import SERVICES
+from orchestrator.machine_kinds import SERVICES
 from orchestrator.providers import sights
 from orchestrator.providers.container_output import Outputs
 from orchestrator.providers.containers import Container, Names, containers_of

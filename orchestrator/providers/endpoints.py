@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from orchestrator.cluster.objects import Ingress, IngressPath, Service
-from orchestrator.machine_schema import SERVICES
+from orchestrator.machine_kinds import SERVICES
 from orchestrator.providers.contract import Endpoint, Endpoints, SessionRef
 
 # On a Service: the path that people find it at, whatever a controller makes of the Ingress's.

@@ -42,7 +42,7 @@ from orchestrator.cluster.objects import (
     Service,
 )
 from orchestrator.errors import ApiRefused, ProviderFailure, ProviderUnavailable
-from orchestrator.machine_schema import SERVICES
+from orchestrator.machine_kinds import SERVICES
 from orchestrator.providers.chart_values import values_of
 from orchestrator.providers.contract import (
     Endpoints,

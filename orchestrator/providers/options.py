@@ -9,12 +9,12 @@ from typing import Any
 from marshmallow import Schema, ValidationError
 
 from orchestrator.errors import SettingsError
-from orchestrator.machine_schema import (
+from orchestrator.machine_fields import flatten
+from orchestrator.machine_kinds import (
     DevPodOptionsSchema,
     DockerOptionsSchema,
     KubernetesOptionsSchema,
     LocalOptionsSchema,
-    flatten,
 )
 
 

@@ -16,7 +16,8 @@ from orchestrator.children.leaders import Leaders
 from orchestrator.children.output import Capture, drain, open_pipe
 from orchestrator.children.processes import INSTANCE, SERVICE, SESSION, Limits, Selection, end, spawn
 from orchestrator.errors import ProviderFailure
-from orchestrator.machine_schema import errors_for_kind, flatten
+from orchestrator.machine_fields import flatten
+from orchestrator.machine_schema import errors_for_kind
 from orchestrator.providers.contract import Endpoints, LogLine, LogSink, Observation, SessionSpec, State
 from orchestrator.providers.operations import finish, in_thread
 from orchestrator.providers.options import LocalOptions

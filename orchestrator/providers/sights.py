@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from orchestrator.machine_schema import SERVICES
+from orchestrator.machine_kinds import SERVICES
 from orchestrator.providers import containers
 from orchestrator.providers.contract import Endpoint, Endpoints, Observation, State
 from orchestrator.providers.symptoms import plain
@@ -169,7 +169,7 @@ def diagnose(scene: Scene, rules: Rules, now: datetime) -> Observation:
     if loops:
         return Observation(State.FAILED, *_loop(loops[0], scene))
     for sight in sights:
-        if sight.status == "restarting" or _crashes(sight, scene) >= rules.crashes:
+        if sight.status == "restarting" or _often(sight, scene, rules, now):
             return Observation(
                 State.STARTING, "Restarting", f"{sight.service} {_exit(sight, scene)}. It is being started again."
             )
@@ -199,8 +199,12 @@ def _crashes(sight: Sight, scene: Scene) -> int:
     return sight.restarts - (memory.forgiven if memory is not None else 0)
 
 
+def _often(sight: Sight, scene: Scene, rules: Rules, now: datetime) -> bool:
+    return _crashes(sight, scene) >= rules.crashes and sight.up(now) < rules.stable_after
+
+
 def _loops(sight: Sight, scene: Scene, rules: Rules, now: datetime) -> bool:
-    if _crashes(sight, scene) < rules.crashes or sight.up(now) >= rules.stable_after:
+    if not _often(sight, scene, rules, now):
         return False
     if sight.status == "running":
         # How the last run ended the engine tells in between only; a loop comes there again.

@@ -15,7 +15,8 @@ import yaml
 
 from gateway.settings import GatewaySettings, RealtimeSettings
 from orchestrator.cluster import objects as labels
-from orchestrator.machine_schema import SERVICES, parse_bytes, parse_cores
+from orchestrator.machine_fields import parse_bytes, parse_cores
+from orchestrator.machine_kinds import SERVICES
 from orchestrator.settings import variables
 from scripts.reference import SECTIONS
 from tests.charts import chart

@@ -9,19 +9,10 @@ from marshmallow import ValidationError
 
 from orchestrator import machine_import
 from orchestrator.errors import Invalid
+from orchestrator.machine_fields import flatten, parse_bytes, parse_cores
 from orchestrator.machine_import import Change, read_file, read_text
-from orchestrator.machine_schema import (
-    _MACHINES,
-    _PROVIDER_OPTIONS,
-    ChartValuesSchema,
-    LocalOptionsSchema,
-    MachineConfigSchema,
-    ProviderSchema,
-    errors_for_kind,
-    flatten,
-    parse_bytes,
-    parse_cores,
-)
+from orchestrator.machine_kinds import MACHINES, PROVIDER_OPTIONS, ChartValuesSchema, LocalOptionsSchema
+from orchestrator.machine_schema import MachineConfigSchema, ProviderSchema, errors_for_kind
 from orchestrator.machines import MachineConfig, ProviderRow, pick
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -77,8 +68,8 @@ def test_the_examples_in_comments_are_valid_and_say_all_that_can_be_said() -> No
     assert list(kinds) == ["local", "docker", "devpod", "kubernetes"]
     by_kind = {entry["provider"]: entry for entry in read.machine_configs}
     for kind in ("docker", "devpod"):
-        assert set(kinds[kind]["options"]) == set(_PROVIDER_OPTIONS[kind]().fields)
-        service, options = (set(schema().fields) for schema in _MACHINES[kind])
+        assert set(kinds[kind]["options"]) == set(PROVIDER_OPTIONS[kind]().fields)
+        service, options = (set(schema().fields) for schema in MACHINES[kind])
         assert set(by_kind[kind]["options"]) == options
         assert {name for one in by_kind[kind]["services"].values() for name in one} == service
     for name in LocalOptionsSchema().fields:
