@@ -239,11 +239,10 @@ def amount(least: int, most: int, **options: Any) -> fields.Integer:
 HOST = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)"
 
 
-def user_field() -> fields.String:
-    """As `docker run --user` takes it; empty: the image's own."""
-    plain = validate.Regexp(
-        r"([A-Za-z0-9_.-]{1,64}(:[A-Za-z0-9_.-]{1,64})?)?\Z", error="must be a user such as 1000:1000"
-    )
+def user_field(*, names: bool = False) -> fields.String:
+    """As `docker run --user` takes it; empty: the image's own. Without `names` numbers only, to give files to them."""
+    one = r"[A-Za-z0-9_.-]{1,64}" if names else r"\d{1,9}"
+    plain = validate.Regexp(rf"({one}(:{one})?)?\Z", error="must be a user such as 1000:1000")
     return fields.String(validate=plain)
 
 

@@ -139,7 +139,7 @@ class DockerServiceSchema(Schema):
     healthcheck = words()
     cpu = Cores()
     memory = Bytes()
-    user = user_field()
+    user = user_field(names=True)
     read_only_root = fields.Boolean()
 
 

@@ -210,6 +210,7 @@ def _config(
         "Labels": marks,
         "User": service.get("user", chosen.get("user", options.user)),
         "ExposedPorts": {f"{port}/tcp": {}},
+        "WorkingDir": f"{WORKSPACE}/{CLONE}",
         "StopTimeout": round(options.stop_grace),
         "HostConfig": _host_config(ref, names, options, chosen, service),
         # Services of a session find one another by their plain names.
@@ -219,8 +220,6 @@ def _config(
         config["Entrypoint"] = [_filled(word, env) for word in service["command"]]
     if "args" in service:
         config["Cmd"] = [_filled(word, env) for word in service["args"]]
-    if spec.repo_url is not None:
-        config["WorkingDir"] = f"{WORKSPACE}/{CLONE}"
     if check := service.get("healthcheck"):
         seconds = 1_000_000_000
         config["Healthcheck"] = {
