@@ -92,16 +92,20 @@ async def build(engine: Engine, task: Task, source: Source, settings: DeploySett
 
 
 async def prune_cache(engine: Engine, settings: DeploySettings, *, app_id: int | None = None, older: timedelta) -> None:
-    """Remove what is kept to build an app (None: all of ours) faster, and no image needs, when it is older than that.
+    """Remove what is kept to build an app (None: any app) faster, was made so long ago, and is in no image.
 
-    Also what builds left behind whose engine died. Raises ProviderUnavailable and EngineRefused.
+    Also what builds left behind whose engine died; and, for any app, what BuildKit has not used for so long, whoever
+    built it: that has no labels. Raises ProviderUnavailable and EngineRefused.
     """
     ours = {labels.INSTANCE: settings.instance, labels.CACHE: "" if app_id is None else str(app_id)}
+    begun = (await engine.now()).timestamp() - settings.build_deadline
     for container in await engine.containers.list(ours):
-        # Those of apps have it, too, without a value.
-        if container["Labels"][labels.CACHE] and container["State"] != "running":
+        # Those of apps have it, too, without a value; and those of builds that go on are young.
+        if container["Labels"][labels.CACHE] and (app_id is not None or container["Created"] < begun):
             await engine.containers.remove(container["Id"])
     await engine.images.prune(ours, older=older)
+    if app_id is None:
+        await engine.images.prune_cache(older=older)
 
 
 class _Build:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 from orchestrator.deployments import building, labels, release, source, sweep
 from orchestrator.deployments.contract import Image, Source, Task
@@ -61,8 +62,9 @@ class EngineWork:
         await release.discard(self.engine, task, self.settings)
 
     async def remove_app(self, app_id: int) -> None:
-        """See `release`."""
+        """With what was kept to build it. See `release`."""
         await release.remove_app(self.engine, app_id, self.settings)
+        await building.prune_cache(self.engine, self.settings, app_id=app_id, older=timedelta())
 
     def url(self, task: Task) -> str:
         """Where the app answers."""

@@ -11,13 +11,14 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from orchestrator.database import Pool
-from orchestrator.deployments import gate, labels, record, release
+from orchestrator.deployments import building, gate, labels, record, release
 from orchestrator.deployments.contract import Image, StepFailed, Task
 from orchestrator.deployments.release import deployment_of
 from orchestrator.deployments.secrets import Keyring
@@ -31,7 +32,7 @@ log = structlog.get_logger("deployments")
 # Seconds. A build that is under way has images without a name, too.
 _UNNAMED = 3600
 # What no build has used for a week is not kept.
-_CACHE_AGE = "168h"
+_CACHE_AGE = timedelta(days=7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,7 @@ async def sweep(engine: Engine, pool: Pool, keys: Keyring, settings: DeploySetti
         if app.live is not None and not app.busy and app.live not in there:
             await _run_again(engine, pool, keys, settings, app_id, app.live)
     await _remove_images(engine, images, apps, settings)
-    filters = {"until": [_CACHE_AGE]}
-    await engine.json("POST", "/build/prune", params={"all": True, "filters": filters}, timeout=120.0)
+    await building.prune_cache(engine, settings, older=_CACHE_AGE)
 
 
 async def kept(pool: Pool) -> dict[int, Kept]:

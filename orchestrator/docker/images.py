@@ -122,11 +122,10 @@ class Images:
         done = await self._connection.json("POST", "/images/prune", params={"filters": filters}, timeout=_SILENCE)
         return int(done["SpaceReclaimed"])
 
-    async def prune_cache(self, *, keep_bytes: int = 0) -> int:
-        """Shrink what BuildKit keeps to build faster to so many bytes; returns the bytes that were freed."""
-        done = await self._connection.json(
-            "POST", "/build/prune", params={"keep-storage": keep_bytes}, timeout=_SILENCE
-        )
+    async def prune_cache(self, *, older: timedelta) -> int:
+        """Remove what BuildKit has kept to build faster and has not used for so long; returns the bytes freed."""
+        params = {"all": True, "filters": {"until": [f"{older.total_seconds():.0f}s"]}}
+        done = await self._connection.json("POST", "/build/prune", params=params, timeout=_SILENCE)
         return int(done["SpaceReclaimed"])
 
 
