@@ -6,12 +6,13 @@ there that can be executed, `/.cluster-code/open`; we put it in, or put one in i
 
 Docker begins a check by making a process in the container, which takes 50 ms of a processor: far too much for each app
 in each second. So a check does not look once and end: it waits, looking every 100 ms, until what it would say differs
-from what was said last, for a minute at most. A change is so told at once, and an open gate takes one process a minute.
+from what was said last, for 30 seconds at most. A change is so told at once, and an open gate takes two processes a
+minute.
 What was said last is kept in /dev/shm, which each start of a container begins anew: a folder is there while the last
 check has said `healthy` and none has begun since. A check that was killed leaves none, and so the next tells at once.
 
     held = rmdir("/dev/shm/.cluster-code") succeeds
-    repeat 600 times if held, 5 times if not:
+    repeat 300 times if held, 5 times if not:
         opened = access("/.cluster-code/open", executable)
         stop if opened differs from held
         sleep 100 ms
@@ -40,10 +41,10 @@ _MARK = "/dev/shm/.cluster-code"  # noqa: S108  In the container.
 
 # In nanoseconds. It takes this long from a container's start to its first check, and from one check to the next.
 _INTERVAL = 250_000_000
-# A check ends by itself after a minute; where a container gets little of the processor it takes longer.
+# A check ends by itself after 30 seconds; where a container gets little of the processor it takes longer.
 _TIMEOUT = 3600 * 1_000_000_000
 # So many checks in a row must say no: one that could not begin, for want of memory, must not take an app off.
-_RETRIES = 3
+_RETRIES = 2
 
 # Seconds between two looks at what the engine says of a gate.
 _LOOK = 0.05
@@ -56,7 +57,7 @@ ba 00 02 00 00        mov edx, AT_REMOVEDIR
 b8 07 01 00 00        mov eax, unlinkat
 0f 05                 syscall
 31 ed                 xor ebp, ebp          # ebp: 0 if held, 1 if not
-bb 58 02 00 00        mov ebx, 600          # ebx: looks that are left
+bb 2c 01 00 00        mov ebx, 300          # ebx: looks that are left
 85 c0                 test eax, eax
 74 07                 jz look
 ff c5                 inc ebp
@@ -97,7 +98,7 @@ _ARM64 = """
 68 04 80 d2           mov x8, unlinkat
 01 00 00 d4           svc 0
 13 00 80 d2           mov x19, 0            # x19: 0 if held, 1 if not
-14 4b 80 d2           mov x20, 600          # x20: looks that are left
+94 25 80 d2           mov x20, 300          # x20: looks that are left
 60 00 00 b4           cbz x0, look
 33 00 80 d2           mov x19, 1
 b4 00 80 d2           mov x20, 5
@@ -162,7 +163,7 @@ async def install(engine: Engine, container: str) -> None:
 
 
 async def swing(engine: Engine, container: str, *, opened: bool) -> None:
-    """Open the gate of a container, or close it. The engine says so within a moment, and 2 seconds."""
+    """Open the gate of a container, or close it. The engine knows of the one in 100 ms, of the other in a second."""
     await engine.containers.put_archive(container, "/", _tar(_DOOR, b"", 0o755 if opened else 0o644))
 
 

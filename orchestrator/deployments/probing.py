@@ -28,6 +28,8 @@ _LAST_WORDS = 2.0
 # Where servers listen that were told no port.
 _USUAL_PORTS = (80, 3000, 3001, 4000, 4200, 5000, 5173, 8000, 8080, 8081, 8443, 8888, 9000)
 _REFUSED = "refused"
+# Reasons, of containers that have ended.
+_ENDED = ("Crashed", "OutOfMemory")
 
 
 async def probe(engine: Engine, task: Task, container: str, settings: DeploySettings) -> None:
@@ -180,8 +182,9 @@ async def _output(engine: Engine, task: Task, container: str) -> AsyncIterator[N
     follower = asyncio.create_task(_follow(engine, task, container), name=f"output of {task.container}")
     try:
         yield
-    except StepFailed:
-        await asyncio.wait([follower], timeout=_LAST_WORDS)
+    except StepFailed as error:
+        if error.reason in _ENDED:
+            await asyncio.wait([follower], timeout=_LAST_WORDS)
         raise
     finally:
         follower.cancel()

@@ -23,8 +23,9 @@ from orchestrator.settings import DeploySettings
 
 probe = probing.probe
 
-# Seconds. Traefik obeys what it hears of a container after its `providersThrottleDuration`, 2 seconds by default.
-LETS_GO = 2.5
+# Seconds. Traefik obeys what it hears of a container after its `providersThrottleDuration`, 2 seconds by default, and
+# once it has looked at all containers. Then nobody is sent to an address that the next container may get.
+LETS_GO = 5.0
 # What a gate gets to swing: the engine's next check may have to begin first.
 _SWING = 30.0
 # How long a new container must have run before those before it are closed, and how long that is waited for.
@@ -246,8 +247,7 @@ async def retire(engine: Engine, those: Sequence[str]) -> None:
 async def remove_app(engine: Engine, app_id: int, settings: DeploySettings) -> None:
     """Remove all that an app has at the engine."""
     mine = labels.ours(settings, app_id=app_id)
-    found = await engine.containers.list(mine)
-    await asyncio.gather(*(remove(engine, one["Id"]) for one in found))
+    await retire(engine, [found["Id"] for found in await engine.containers.list(mine)])
     for image in await engine.images.list(mine):
         await remove_image(engine, image)
 

@@ -101,9 +101,9 @@ async def own(database_settings: DatabaseSettings) -> AsyncIterator[Pool]:
 @pytest_asyncio.fixture
 async def site(owned: Owned, busybox: str, monkeypatch: pytest.MonkeyPatch) -> Site:
     """Where an app can be released, on a network of its own; what is waited for on Traefik's account is short."""
-    monkeypatch.setattr(release, "LETS_GO", 0.5)
-    monkeypatch.setattr(release, "STEADY", 0.5)
+    monkeypatch.setattr(release, "LETS_GO", 0.1)
+    monkeypatch.setattr(release, "STEADY", 0.1)
     settings = DeploySettings(
-        base_domain="apps.test", network=owned.instance, instance=owned.instance, probe_deadline=30.0, drain=0.5
+        base_domain="apps.test", network=owned.instance, instance=owned.instance, probe_deadline=30.0, drain=0.1
     )
     return Site(owned, busybox, settings)

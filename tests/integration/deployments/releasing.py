@@ -14,7 +14,8 @@ from orchestrator.docker import labels as marks
 from orchestrator.settings import DeploySettings
 from tests.docker import Owned, tar
 
-# What runs in a container: `httpd` that answers `{text}` at `/`, and at `/cgi-bin/slow` after two seconds.
+# What runs in a container: `httpd` that answers `{text}` at `/`, and in `/cgi-bin` after two seconds at `slow`, with
+# 500 at `bad`, and with 302 at `login?next=/`.
 SERVE = "exec httpd -f -p $PORT -h /www"
 # Seconds for what happens at an engine that has much to do.
 DEADLINE = 30.0
@@ -51,6 +52,8 @@ class Site:
         slow = f"#!/bin/sh\nsleep 2\nprintf 'Content-Type: text/plain\\r\\n\\r\\n{text}'\n"
         files = {"www/": b"", "www/index.html": text, "www/cgi-bin/": b"", "www/cgi-bin/slow": slow}
         files |= {"www/cgi-bin/bad": "#!/bin/sh\nprintf 'Status: 500 Broken\\r\\n\\r\\n'\n"}
+        moved = "printf 'Status: 302 Found\\r\\nLocation: /x\\r\\n\\r\\n'"
+        files |= {"www/cgi-bin/login": f'#!/bin/sh\n[ "$QUERY_STRING" = next=/ ] && {moved}\n'}
         engine = self.owned.engine
         own = {**labels.ours(self.settings, app_id=task.app_id, deployment_id=task.deployment_id)}
         given = config.pop("Labels", {})
@@ -90,6 +93,11 @@ class Site:
             {marks.INSTANCE: self.settings.instance, marks.APP: str(self.app_id)}
         )
         return sorted(name for one in found for name in one["RepoTags"] or ["<none>"])
+
+    async def runs(self, container: str, command: str) -> bool:
+        """Whether a process with just this command line is in the container."""
+        found = await self.owned.engine.json("GET", f"/containers/{container}/top")
+        return any(process[-1] == command for process in found["Processes"])
 
     async def inspect(self, container: str) -> dict[str, Any]:
         """What the engine knows of a container that is there."""
