@@ -405,6 +405,23 @@ def token_issue(email: str, scopes: tuple[str, ...], channels: tuple[str, ...], 
 
 
 @cli.group()
+def secrets() -> None:
+    """What apps keep secret."""
+
+
+@secrets.command("rotate")
+def secrets_rotate() -> None:
+    """Encrypt all of it with the first key of SECRETS_KEY, so that the keys behind that one can be dropped."""
+    from scripts import keys
+
+    rotated = _run(keys.rotate)
+    click.echo(f"{rotated.renewed} encrypted anew.")
+    if rotated.unreadable:
+        apps = ", ".join(rotated.unreadable)
+        raise click.ClickException(f"No key of SECRETS_KEY opens all of what these apps have: {apps}")
+
+
+@cli.group()
 def exchange() -> None:
     """The RabbitMQ exchange that other services publish to."""
 

@@ -49,16 +49,25 @@ class Keyring:
 
     def decrypt(self, sealed: bytes, *, app_id: int, purpose: str) -> bytes:
         """Raises SecretsUnreadable when none of the keys is the one that it was encrypted with."""
+        return self._open(sealed, app_id, purpose)[0]
+
+    def renewed(self, sealed: bytes, *, app_id: int, purpose: str) -> bytes | None:
+        """The same, encrypted with the first key; None when it is. Raises SecretsUnreadable."""
+        plain, place = self._open(sealed, app_id, purpose)
+        return self.encrypt(plain, app_id=app_id, purpose=purpose, field=purpose) if place else None
+
+    def _open(self, sealed: bytes, app_id: int, purpose: str) -> tuple[bytes, int]:
+        """What was encrypted, and with which of the keys."""
         nonce, rest = sealed[1 : 1 + _NONCE], sealed[1 + _NONCE :]
         if sealed[:1] == _VERSION and len(nonce) == _NONCE:
-            for cipher in self._ciphers:
+            for place, cipher in enumerate(self._ciphers):
                 try:
-                    return cipher.decrypt(nonce, rest, _bound(app_id, purpose))
+                    return cipher.decrypt(nonce, rest, _bound(app_id, purpose)), place
                 except InvalidTag:
                     continue
         raise SecretsUnreadable(
             "The app's secrets cannot be read: SECRETS_KEY lacks the key that they were encrypted with. Put it back, "
-            "or give all of the secrets anew."
+            "or remove all of them and give them anew."
         )
 
     def encrypt_secrets(self, secrets: AppSecrets, app_id: int) -> bytes | None:

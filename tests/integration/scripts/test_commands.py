@@ -259,6 +259,14 @@ def test_a_command_waits_for_its_turn_at_the_embedded_database_and_gives_up(
     assert "is in use by another (pid" in errors
 
 
+def test_secrets_are_encrypted_with_the_newest_key(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRETS_KEY", "")
+    code, _, errors = run("secrets", "rotate")
+    assert (code, "SECRETS_KEY is not set" in errors) == (2, True)
+    monkeypatch.setenv("SECRETS_KEY", f"{'k' * 42}A")
+    assert run("secrets", "rotate") == (0, "0 encrypted anew.\n", "")
+
+
 def test_without_a_database_url_a_command_starts_the_embedded_one_and_ends_it(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

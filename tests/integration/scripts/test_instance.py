@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.deployments.secrets import Keyring
 from orchestrator.errors import SettingsError
 from scripts.instance import Instance, InUse, Running
 
@@ -85,10 +86,14 @@ def test_a_directory_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     assert str(caught.value) == message
 
 
-def test_the_secret_is_made_once_and_for_the_owner_only(instance: Instance) -> None:
+def test_secrets_are_made_once_and_for_the_owner_only(instance: Instance) -> None:
     instance.directory.mkdir()
     secret = instance.jwt_secret()
     assert len(secret) == 64
     assert instance.jwt_secret() == secret
-    assert [path.name for path in instance.directory.iterdir()] == ["jwt-secret"]
-    assert (instance.directory / "jwt-secret").stat().st_mode & 0o777 == 0o600
+    key = instance.secrets_key()
+    assert Keyring([key])
+    assert instance.secrets_key() == key
+    assert sorted(path.name for path in instance.directory.iterdir()) == ["jwt-secret", "secrets-key"]
+    for path in instance.directory.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600
