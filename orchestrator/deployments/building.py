@@ -26,6 +26,7 @@ import structlog
 
 from orchestrator.deployments import context, detection, dockerfile, masking
 from orchestrator.deployments.contract import Image, Source, StepFailed, Task
+from orchestrator.deployments.dockerfile import Instruction
 from orchestrator.deployments.files import read_text
 from orchestrator.docker import labels
 from orchestrator.docker.buildkit import Trace
@@ -78,7 +79,8 @@ async def build(engine: Engine, task: Task, source: Source, settings: DeploySett
     text = recipe.text
     if text is None:
         text = await asyncio.to_thread(read_text, source.directory, recipe.dockerfile, _MOST_DOCKERFILE) or ""
-    building = _Build(engine, task, source, settings, recipe, text)
+    instructions = await asyncio.to_thread(dockerfile.parse, text)
+    building = _Build(engine, task, source, settings, recipe, text, instructions)
     try:
         async with asyncio.timeout(settings.build_deadline) as timer:
             await building.pull()
@@ -110,7 +112,14 @@ async def prune_cache(engine: Engine, settings: DeploySettings, *, app_id: int |
 
 class _Build:
     def __init__(
-        self, engine: Engine, task: Task, source: Source, settings: DeploySettings, recipe: detection.Recipe, text: str
+        self,
+        engine: Engine,
+        task: Task,
+        source: Source,
+        settings: DeploySettings,
+        recipe: detection.Recipe,
+        text: str,
+        instructions: Sequence[Instruction],
     ) -> None:
         self._engine = engine
         self._task = task
@@ -118,7 +127,7 @@ class _Build:
         self._settings = settings
         self._recipe = recipe
         self._text = text
-        self._instructions = dockerfile.parse(text)
+        self._instructions = instructions
         self._cached = {labels.INSTANCE: settings.instance, labels.CACHE: str(task.app_id)}
         self._trace = Trace()
         # The numbers of lines that we added.

@@ -82,7 +82,7 @@ class _Context:
     def _archive(self) -> Iterator[bytes]:
         ignored = self._read_ignored()
         if self._text is not None:
-            content = self._text.encode()
+            content = self._text.encode(errors="surrogateescape")
             yield self._header(self._dockerfile, tarfile.REGTYPE, size=len(content))
             yield content + _padding(len(content))
         # No recursion: a repository may be deeper than Python's stack.

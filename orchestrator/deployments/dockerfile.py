@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_DIRECTIVE = re.compile(r"#\s*([a-z][a-z0-9]*)\s*=\s*(.+?)\s*\Z", re.IGNORECASE)
+_DIRECTIVE = re.compile(r"#\s*([a-z][a-z0-9]*)\s*=\s*(\S+)\Z", re.IGNORECASE)
 _HEREDOC = re.compile(r"<<-?\s*([\"']?)([A-Za-z_][\w.]*)\1")
 _FLAG = re.compile(r"\s*--([a-z][a-z-]*)(?:=(\S*))?(?=\s|\Z)")
 _VARIABLE = re.compile(r"\\(.)|\$(?:\{(\w+)(?:(:?[-+])([^}]*))?\}|(\w+))")
+# Of the name of an image, with room for variables: what is looked at takes time by the square of its length.
+_LONGEST = 4096
 # Made up by BuildKit for each platform.
 _PLATFORM = re.compile(r"\$\{?(?:TARGET|BUILD)(?:PLATFORM|OS|ARCH|VARIANT)\b")
 # Flags that only BuildKit knows, by instruction.
@@ -33,7 +35,7 @@ class Instruction:
 
 def parse(text: str) -> list[Instruction]:
     """The instructions. What cannot be understood is left for the builder to complain of."""
-    lines = text.splitlines()
+    lines = text.split("\n")
     escape = _directives(lines).get("escape", "\\")
     found: list[Instruction] = []
     at = 0
@@ -45,7 +47,7 @@ def parse(text: str) -> list[Instruction]:
         name = name.upper()
         documents = _HEREDOC.findall(rest) if name in ("RUN", "COPY", "ADD") else []
         for _, word in documents:
-            while at < len(lines) and lines[at].lstrip("\t") != word:
+            while at < len(lines) and lines[at].lstrip("\t").rstrip("\r") != word:
                 at += 1
             at += 1
         flags, rest = _flags(rest)
@@ -101,19 +103,22 @@ def _note(found: dict[str, None], image: str, stages: set[str]) -> None:
 
 def labelled(text: str, instructions: Sequence[Instruction], labels: Mapping[str, str]) -> tuple[str, list[int]]:
     """The Dockerfile with labels at the beginning of each stage, and the numbers of the lines added, from 1."""
-    lines = text.splitlines()
     words = " ".join(f'"{name}"="{value}"' for name, value in labels.items())
+    ends = {one.last_line for one in instructions if one.name == "FROM"}
+    marked: list[str] = []
     added: list[int] = []
-    for one in instructions:
-        if one.name == "FROM":
-            at = one.last_line + 1 + len(added)
-            lines.insert(at, f"LABEL {words}")
-            added.append(at + 1)
-    return "\n".join(lines) + "\n", added
+    for number, line in enumerate(text.split("\n")):
+        marked.append(line)
+        if number in ends:
+            marked.append(f"LABEL {words}")
+            added.append(len(marked))
+    return "\n".join(marked), added
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
-    """With the values of variables in their places; those without one are empty."""
+    """With the values of variables in their places; those without one are empty, and so is what is no name."""
+    if len(text) > _LONGEST:
+        return ""
 
     def value(match: re.Match[str]) -> str:
         escaped, braced, operator, word, plain = match.groups()
@@ -133,7 +138,7 @@ def _directives(lines: Sequence[str]) -> dict[str, str]:
     """What comments at the very beginning set."""
     found: dict[str, str] = {}
     for line in lines:
-        match = _DIRECTIVE.match(line)
+        match = _DIRECTIVE.match(line.strip())
         if match is None or match[1].lower() in found:
             break
         found[match[1].lower()] = match[2]
@@ -155,7 +160,7 @@ def _logical(lines: Sequence[str], at: int, escape: str) -> tuple[str, int]:
             parts.append(line)
             break
         parts.append(stripped[: -len(escape)])
-    return " ".join("".join(parts).replace("\t", " ").split(" ")), at
+    return "".join(parts).replace("\t", " "), at
 
 
 def _flags(rest: str) -> tuple[list[tuple[str, str]], str]:

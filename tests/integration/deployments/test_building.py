@@ -60,7 +60,7 @@ class Yard:
         directory.mkdir()
         for name, content in ({"Dockerfile": files} if isinstance(files, str) else files).items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_text(content.replace("{base}", self.base))
+            (directory / name).write_bytes(content.replace("{base}", self.base).encode(errors="surrogateescape"))
         app = replace(AppSettings(), **settings)
         number, url = self.deployments, "https://git.test/app"
         task = Task(
@@ -104,7 +104,7 @@ def yard(owned: Owned, busybox: str, tmp_path: Path) -> Yard:
 
 async def test_a_dockerfile_becomes_an_image_with_our_labels(yard: Yard) -> None:
     files = {
-        "Dockerfile": 'FROM {base}\nARG WHO=nobody\nRUN echo "hello $WHO" > /said\nCOPY . /app\n',
+        "Dockerfile": 'FROM {base}\r\n# caf\udce9\nARG WHO=nobody\nRUN echo "hello $WHO" > /said\nCOPY . /app\n',
         "a.txt": "a",
         "b.txt": "b",
         ".dockerignore": "b.txt\n",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from orchestrator.deployments.dockerfile import expand, images, labelled, only_buildkit, parse
@@ -70,5 +72,17 @@ def test_variables_without_a_value_are_empty() -> None:
 def test_labels_come_into_each_stage_and_lines_are_counted() -> None:
     text = "FROM a \\\n  AS b\nRUN c\nFROM b"
     marked, added = labelled(text, parse(text), {"one": "1", "two": "2"})
-    assert marked == 'FROM a \\\n  AS b\nLABEL "one"="1" "two"="2"\nRUN c\nFROM b\nLABEL "one"="1" "two"="2"\n'
+    assert marked == 'FROM a \\\n  AS b\nLABEL "one"="1" "two"="2"\nRUN c\nFROM b\nLABEL "one"="1" "two"="2"'
     assert added == [3, 6]
+
+
+def test_a_hostile_dockerfile_takes_no_time() -> None:
+    size = 1 << 18
+    for piece in ("FROM a\n", "${a-", "# a=" + " " * 50, "<<'a ", "FROM ${a:-", "RUN \\\n", "ARG a=${b-\n", "\t \r"):
+        text = f"# x={' ' * 1000}y z\nARG a={piece * (size // len(piece))}\n{piece * (size // len(piece))}"
+        began = time.process_time()
+        found = parse(text)
+        only_buildkit(found)
+        images(found, {})
+        labelled(text, found, {"a": "b"})
+        assert time.process_time() - began < 20
