@@ -24,7 +24,7 @@ _AWAY = {
 }
 # Why a session cannot run.
 _FAILURES = {
-    r"pars(?:e|ing) devcontainer|devcontainer path .* doesn't exist|couldn't find a devcontainer": (
+    r"pars(?:e|ing) devcontainer|devcontainer path .* doesn't exist": (
         "InvalidDevContainer",
         "The repository's devcontainer.json cannot be used: {line}",
     ),
@@ -58,6 +58,8 @@ _FAILURES = {
         "DevPod's own provider is not set up as it must be: {line}",
     ),
 }
+# Lines that are looked at: what a build or a command has printed before is no cause.
+_LAST = 6
 # What says nothing that another line does not say better.
 _EMPTY = re.compile(
     r"(?:run agent command|tunnel to container|start tunnel server): |(?:process )?exit(?:ed with)? status \d+"
@@ -65,14 +67,15 @@ _EMPTY = re.compile(
     re.IGNORECASE,
 )
 _CLONE = re.compile(r"\bclone repository: ", re.IGNORECASE)
+# What git itself says of a failure, on whatever level DevPod logs it.
+_OF_GIT = re.compile(r"(?:fatal|error|remote): ")
 _PREFIX = re.compile(r"(?:devcontainer up|start dev container|fatal|error): ")
 
 
 def of_up(said: Sequence[Said], repository: git.Git, branch: str | None) -> ClusterCodeError:
     """Why a session could not be brought up."""
     if any(_CLONE.search(one.text) for one in said):
-        # What git says is logged as errors, by the line.
-        words = [one.text for one in said if one.level == "error" and not one.text.startswith("Cloning into")]
+        words = [one.text for one in said if one.level == "error" or _OF_GIT.match(one.text)]
         return repository.failure("\n".join(words) or telling(said), branch=branch, target=repository.home)
     return of(said, "start the session")
 
@@ -97,9 +100,10 @@ def telling(said: Sequence[Said]) -> str:
 
 
 def _find(patterns: Iterable[str], said: Sequence[Said]) -> tuple[str, str] | None:
-    """The first pattern that a line matches, and that line."""
+    """The first pattern that one of the last lines matches, and that line. Before these, all went well."""
+    last = [one for one in said if not _EMPTY.match(one.text)][-_LAST:]
     for pattern in patterns:
-        for one in said:
+        for one in last:
             if re.search(pattern, one.text, re.IGNORECASE):
                 return pattern, one.text
     return None

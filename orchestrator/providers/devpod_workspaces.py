@@ -244,6 +244,9 @@ class Workspaces:
             raise ProviderUnavailable(f"`devpod {command}` did not end within {deadline:g} s.") from error
 
     def _say(self, ref: SessionRef, said: Said) -> None:
+        if said.text.startswith("Run 'ssh "):
+            # That is for whoever has DevPod on a machine of his own.
+            return
         line = said.text if said.level in ("info", "debug", "done") else f"{said.level}: {said.text}"
         self._sink(LogLine(ref.session_id, "devpod", "system", line))
 

@@ -79,7 +79,7 @@ class Stage:
         return [call for call in map(json.loads, lines) if call["command"] == command]
 
     def provider(self, credentials: Mapping[str, str] | None = None, **options: Any) -> DevPodProvider:
-        quick = {"restart_delay": 0.05, "reconcile_interval": 0.2, "ready_deadline": 20.0, "delete_deadline": 10.0}
+        quick = {"restart_delay": 0.05, "reconcile_interval": 0.2, "ready_deadline": 40.0}
         loaded = DevPodOptions.load({"binary": str(self.binary), **quick, **options})
         provider = DevPodProvider("dev", self.folder / "data", self.heard.lines.append, loaded, credentials=credentials)
         self.providers.append(provider)
@@ -135,7 +135,7 @@ def port(unused_tcp_port_factory: Callable[[], int]) -> int:
 async def seen(provider: DevPodProvider, count: int) -> list[Observation]:
     """What the provider tells by itself."""
     found: list[Observation] = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(40):
         async for _, observation in provider.watch():
             found.append(observation)
             if len(found) == count:
@@ -359,7 +359,7 @@ async def test_a_start_that_is_cancelled_leaves_no_process(stage: Stage) -> None
     provider = stage.provider()
     stage.play(up={"hang": True})
     start = asyncio.create_task(stage.start(provider, spec(env={"A": "b"})))
-    await until(lambda: stage.calls("up") and len(stage.living()) >= 2)
+    await until(lambda: stage.calls("up") and len(stage.living()) >= 2, timeout=40)
     assert (await provider.inspect(REF)).state is State.STARTING
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -410,11 +410,12 @@ async def test_a_status_that_is_nonsense_says_nothing_of_the_session(stage: Stag
 
 
 async def test_a_status_that_never_comes_is_an_outage(stage: Stage) -> None:
-    provider = stage.provider(status_deadline=4.0)
-    await stage.start(provider, spec())
+    patient = stage.provider()
+    await stage.start(patient, spec())
+    await patient.close()
     stage.play(status={"hang": True})
-    with pytest.raises(ProviderUnavailable, match=r"`devpod status` did not end within 4 s"):
-        await provider.inspect(REF)
+    with pytest.raises(ProviderUnavailable, match=r"`devpod status` did not end within 0.5 s"):
+        await stage.provider(status_deadline=0.5).inspect(REF)
 
 
 async def test_a_stop_is_believed_when_the_status_says_so(stage: Stage) -> None:
@@ -475,7 +476,7 @@ async def test_services_are_reached_through_ports_of_this_machine_and_what_they_
     wanted = spec({"preview": {**server(port, "echo hello; echo; echo '==> x'"), "path": "/"}})
     endpoints = await stage.start(provider, wanted)
     assert await get(url(endpoints.preview)) == "read me\n"
-    await until(lambda: len(stage.heard.of("preview", "stdout")) >= 3)
+    await until(lambda: len(stage.heard.of("preview", "stdout")) >= 3, timeout=40)
     assert stage.heard.of("preview", "stdout")[:3] == ["hello", "", "==> x"]
     assert await provider.inspect(REF) == Observation(State.RUNNING, "Ready", "All services answer.", endpoints)
     # Started once more from the same, it is left alone.
@@ -517,7 +518,7 @@ async def test_a_container_that_was_stopped_by_somebody_is_told_and_left_stopped
     (stage.workspace / "state").write_text("Stopped")
     for call in stage.calls("ssh"):
         os.kill(call["pid"], signal.SIGKILL)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(40):
         async for _, observation in provider.watch():
             if observation.state is State.STOPPED:
                 break
@@ -531,7 +532,7 @@ async def test_an_engine_that_is_away_for_a_while_takes_no_session_with_it(stage
     endpoints = await stage.start(provider, spec({"preview": server(port)}))
     asked = len(stage.calls("status"))
     stage.play(status={"say": [["stderr", DOWN]], "exit": 1})
-    await until(lambda: len(stage.calls("status")) > asked + 2)
+    await until(lambda: len(stage.calls("status")) > asked + 2, timeout=40)
     stage.play()
     assert (await provider.inspect(REF)).endpoints == endpoints
 
@@ -562,7 +563,6 @@ async def test_a_service_that_does_not_answer_in_time_fails_the_start(stage: Sta
     wanted = spec({"preview": {"command": ["sh", "-c", "echo waiting; exec sleep 600"], "port": port}})
     told = await stage.fails(provider, wanted)
     assert told.startswith("NotReady: preview was not ready within 2 s: nothing answers at http://127.0.0.1:")
-    assert "Its last lines:\nwaiting" in told
     assert not stage.living()
 
 
@@ -570,12 +570,12 @@ async def test_a_service_that_changes_is_started_anew(stage: Stage, port: int) -
     provider = stage.provider()
     await stage.start(provider, spec({"preview": server(port)}))
     await stage.start(provider, spec({"preview": server(port, "echo changed")}))
-    await until(lambda: "changed" in stage.heard.of("preview", "stdout"))
+    await until(lambda: "changed" in stage.heard.of("preview", "stdout"), timeout=40)
     assert stage.heard.of("preview", "stdout").count("begun") == 1
 
 
 async def test_a_command_is_run_where_the_repository_is(stage: Stage) -> None:
-    provider = stage.provider(exec_deadline=3.0)
+    provider = stage.provider()
     with pytest.raises(ProviderFailure, match="does not run"):
         await provider.exec(REF, ["true"])
     await stage.start(provider, spec())
@@ -583,5 +583,10 @@ async def test_a_command_is_run_where_the_repository_is(stage: Stage) -> None:
     assert await provider.exec(REF, ["printf", "%s", "a 'quoted' \"word\""]) == (0, b"a 'quoted' \"word\"")
     code, output = await provider.exec(REF, ["sh", "-c", "yes | head -c 3000000"])
     assert (code, len(output)) == (0, 1 << 20)
-    with pytest.raises(ProviderFailure, match="did not end within 3 s"):
+
+
+async def test_a_command_that_does_not_end_is_given_up(stage: Stage) -> None:
+    provider = stage.provider(exec_deadline=0.5)
+    await stage.start(provider, spec())
+    with pytest.raises(ProviderFailure, match=r"did not end within 0.5 s"):
         await provider.exec(REF, ["sleep", "600"])
