@@ -195,8 +195,8 @@ class DockerProvider:
             names = ", ".join(one.service for one in missing)
             await self._tidy(ref, wanted)
             await self._engine.networks.ensure(self._names.network(ref), self._names.of_project(ref))
-            # None has ever run before the workspace was whole, and none lets the engine remove it.
-            if not any(one.began for one in there.values()):
+            # Beside what runs nothing is put into the workspace.
+            if all(one.stands_still for one in there.values()):
                 await filling.make(missing[0].image, report, lambda line: self._say(ref, line, "git"))
             await report("StartingServices", f"Starting {names}.")
             for one in missing:

@@ -100,12 +100,14 @@ class Filling:
         return await put(self.engine, names.container(ref, ""), config)
 
     async def _state(self, container: str) -> str:
-        """`complete`, `filling`, or "": nothing was ever put there."""
+        """`complete`; `filling`, which a killed call has left; or "": there is no clone."""
+        if not await self.engine.containers.has(container, f"{WORKSPACE}/{CLONE}"):
+            return ""
         for mark in (_COMPLETE, _FILLING):
             if await self.engine.containers.has(container, f"{WORKSPACE}/{_MARKS}/{mark}"):
                 return mark
         # Whoever has removed the marks has not removed the work.
-        return _COMPLETE if await self.engine.containers.has(container, f"{WORKSPACE}/{CLONE}") else ""
+        return _COMPLETE
 
     async def _discard(self) -> None:
         """Remove a volume that a killed call has half filled: nothing has ever run with it."""

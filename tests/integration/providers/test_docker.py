@@ -173,6 +173,11 @@ async def test_a_stop_keeps_the_files_and_a_delete_removes_what_is_ours_and_noth
         assert await failure(docker.exec(one.ref, ["ls"]), "NotRunning")
         await docker.start(one, heard.report)
         assert await docker.exec(one.ref, ["ls", "/workspace/project"]) == (0, b"mine\n")
+        # Only what is not there is made.
+        await docker.exec(one.ref, ["rm", "-r", "/workspace/project", "/workspace/.cluster-code/filling"])
+        await docker.stop(one.ref)
+        await docker.start(one, heard.report)
+        assert await docker.exec(one.ref, ["touch", "/workspace/project/new"]) == (0, b"")
         await docker.delete(one.ref)
         await docker.delete(one.ref)
         assert await docker.inspect(one.ref) == Observation(State.ABSENT, "Absent", "There is nothing of it here.")
@@ -267,7 +272,7 @@ async def test_a_crash_loop_fails_with_the_exit_code_and_the_last_line(
     make_docker: MakeDocker, busybox: str, heard: Heard
 ) -> None:
     docker = make_docker(crashes=2)
-    asked = spec({"preview": shell(busybox), "chat": shell(busybox, "echo no room at the inn >&2; exit 3")})
+    asked = spec({"chat": shell(busybox, "echo no room at the inn >&2; exit 3")})
     told = await failure(docker.start(asked, heard.report), "CrashLoop")
     assert re.fullmatch(r"chat ended with exit code 3, \d times in a row; its last line: no room at the inn\.", told), (
         told

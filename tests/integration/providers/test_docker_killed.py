@@ -67,12 +67,19 @@ asyncio.run(main())
 """
 
 
+def seeded() -> random.Random:
+    seed = int(os.environ.get("SEED", random.randrange(2**32)))
+    print(f"SEED={seed}")
+    return random.Random(seed)
+
+
 async def python(program: str, *arguments: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable, "-c", program, *arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
+@pytest.mark.random
 @pytest.mark.timeout(180)
 async def test_whatever_a_killed_start_has_left_the_next_one_makes_it_whole(
     engine: Engine, owned: Owned, busybox: str, heard: Heard, git_url: str, repositories: Path, tmp_path: Path
@@ -83,7 +90,7 @@ async def test_whatever_a_killed_start_has_left_the_next_one_makes_it_whole(
     git("commit", "--quiet", "-m", "large", cwd=repositories / "project")
     asked = spec({"preview": shell(busybox)}, repo_url=f"{git_url}/project")
     docker = provider_of(owned, tmp_path / "other", heard.lines.append)
-    moment = 0
+    moment, drawn = 0, seeded()
     try:
         # Each goes on from what the one before has left, and is killed a little later.
         while True:
@@ -93,10 +100,7 @@ async def test_whatever_a_killed_start_has_left_the_next_one_makes_it_whole(
                 break
             assert process.returncode == -signal.SIGKILL, said.decode()
             assert (await docker.inspect(asked.ref)).state is not State.FAILED
-            moment += 1
-        # In the middle of filling the volume, and before it, what fills it (made, filled, removed) and the container
-        # (made, started) were asked for; the network was there by the second time.
-        assert moment >= 6
+            moment += drawn.randint(1, 3)
         assert (await docker.inspect(asked.ref)).state is State.RUNNING
         check = "cd /workspace/project && cat index.html && echo && wc -c <large && ls -A"
         code, output = await docker.exec(asked.ref, ["sh", "-c", check])
@@ -129,7 +133,7 @@ async def main():
 
 asyncio.run(main())
 """
-LINES = 4000
+LINES = 2000
 
 
 @pytest_asyncio.fixture
@@ -174,9 +178,7 @@ async def test_each_line_is_stored_once_and_in_order_whoever_is_killed_while_fol
     database_settings: DatabaseSettings,
     session_id: int,
 ) -> None:
-    seed = int(os.environ.get("SEED", random.randrange(2**32)))
-    print(f"SEED={seed}")
-    drawn = random.Random(seed)
+    drawn = seeded()
     # Crashes in the middle of it: the same container goes on with another run.
     prints = f"""
         trap 'exit 0' TERM
@@ -195,7 +197,7 @@ async def test_each_line_is_stored_once_and_in_order_whoever_is_killed_while_fol
 
     try:
         starting = asyncio.create_task(docker.start(asked, heard.report))
-        for _ in range(4):
+        for _ in range(3):
             async with follower(owned, tmp_path, database_settings):
                 before, enough = len(await stored()), drawn.randrange(1, LINES // 4)
                 async with asyncio.timeout(60):
