@@ -121,13 +121,14 @@ class Stage:
     place: Place
     database_settings: DatabaseSettings
     settings: DeploySettings
-    engine: Engine = field(default_factory=Engine)
+    # Or a real one.
+    engine: Any = field(default_factory=Engine)
 
     @property
     def pool(self) -> Pool:
         return self.place.pool
 
-    def worker(self, *, pool: Pool | None = None, engine: Engine | None = None, **settings: Any) -> Worker:
+    def worker(self, *, pool: Pool | None = None, engine: Any = None, **settings: Any) -> Worker:
         made = Worker(replace(self.settings, **settings), pool or self.pool, Wakeup(), engine or self.engine)
         assert made.working == 0
         return made
