@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,8 @@ from orchestrator.docker import labels
 from orchestrator.docker.engine import Engine
 from orchestrator.errors import ProviderUnavailable
 from orchestrator.settings import DeploySettings
-from tests.docker import Daemon, Owned, Registry, busybox_files, make_busybox
+from tests.conftest import no_docker
+from tests.docker import Daemon, NoDocker, Owned, Registry, busybox_files, make_busybox
 
 
 @dataclass
@@ -237,6 +239,36 @@ async def test_a_build_that_forks_for_ever_is_bounded(yard: Yard, monkeypatch: p
     assert failed.reason in ("BuildFailed", "OutOfMemory", "BuildTimeout")
     assert "can't fork" in yard.log
     assert not await yard.containers()
+
+
+async def test_a_build_that_talks_like_the_builder_touches_nothing_foreign(yard: Yard) -> None:
+    config = {"Image": yard.base, "Cmd": ["sleep", "1000"], "Labels": yard.marks, "StopTimeout": 0}
+    foreign = await yard.engine.containers.create("", config)
+    await yard.engine.containers.start(foreign)
+    script = f"echo ' ---> Running in {foreign}'; sleep 0.2; echo 'Step 9/9 : FROM nothing'; sleep 0.2; exit 5"
+    failed = await yard.failure("FROM {base}\nRUN " + script + "\n")
+    assert failed.reason in ("BuildFailed", "RegistryUnreachable", "ImageNotFound")
+    found = await yard.engine.containers.inspect(foreign)
+    assert found is not None
+    assert found["State"]["Running"]
+    assert not found["HostConfig"]["PidsLimit"]
+
+
+async def test_a_full_disk_is_told_so(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        daemon = Daemon(data=disk)
+    except NoDocker as error:
+        no_docker(error)
+    await asyncio.to_thread(subprocess.run, ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], check=True)
+    try:
+        async with daemon, Engine(daemon.host) as engine:
+            yard = Yard(engine, await make_busybox(engine, "base:1"), DeploySettings(), tmp_path, 1)
+            failed = await yard.failure("FROM {base}\nRUN dd if=/dev/zero of=/large bs=1M count=99\n")
+            assert failed.reason == "DiskFull", failed
+    finally:
+        await asyncio.to_thread(subprocess.run, ["umount", "--lazy", disk], check=True)
 
 
 async def test_a_build_that_takes_too_much_memory_is_told_so(yard: Yard) -> None:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from orchestrator.docker.engine import Engine
 from orchestrator.errors import EngineRefused, ProviderUnavailable
+from tests.integration.docker.forwarding import over_tls
 
 
 @asynccontextmanager
@@ -140,20 +141,7 @@ async def test_tls_goes_by_the_environment(engine: Engine, tmp_path: Path, monke
     server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=tmp_path / "ca.pem")
     server_tls.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     server_tls.verify_mode = ssl.CERT_REQUIRED
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-        writer.close()
-
-    async def taken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_unix_connection(engine.host.removeprefix("unix://"))
-        tasks.update(asyncio.create_task(forward(*pair)) for pair in ((reader, far_writer), (far_reader, writer)))
-
-    server = await asyncio.start_server(taken, "127.0.0.1", 0, ssl=server_tls)
-    host = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    try:
+    async with over_tls(engine.host.removeprefix("unix://"), server_tls) as host:
         monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
         monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path / "none"))
         async with Engine(host) as other:
@@ -162,11 +150,6 @@ async def test_tls_goes_by_the_environment(engine: Engine, tmp_path: Path, monke
         monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path))
         async with Engine(host) as other:
             assert (await other.info()).os == "linux"
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
 
 
 def certificates(folder: Path) -> None:

@@ -7,13 +7,16 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.docker import labels
 from orchestrator.docker.engine import Engine
 from orchestrator.errors import EngineRefused, ProviderUnavailable
 from tests.docker import Daemon, Owned, make_busybox, tar
+from tests.integration.docker.forwarding import over_socket
 
 
 def config(owned: Owned, image: str, script: str, **more: Any) -> dict[str, Any]:
@@ -203,7 +206,41 @@ async def test_events_are_told_as_they_happen_from_where_one_left_off(owned: Own
     assert [event["Action"] for event in again] == told
 
 
-async def test_events_go_on_over_a_lost_connection_and_a_restart(dockerd: Daemon) -> None:
+async def test_no_event_is_lost_or_told_twice_when_a_connection_breaks(
+    owned: Owned, busybox: str, tmp_path: Path
+) -> None:
+    if not owned.engine.host.startswith("unix://"):
+        pytest.skip("The engine has no socket here to be cut off from.")
+    filters = {"label": labels.selectors(owned.labels), "event": ["create"]}
+    made: list[str] = []
+
+    async def make() -> None:
+        made.append(await owned.engine.containers.create("", config(owned, busybox, "true")))
+
+    target = owned.engine.host.removeprefix("unix://")
+    async with (
+        over_socket(target, tmp_path / "socket") as (host, forwarding),
+        Engine(host) as engine,
+        asyncio.timeout(60),
+        aclosing(engine.events(filters=filters)) as events,
+    ):
+        told = []
+        for _ in range(3):
+            assert (await anext(events))["Action"] == "connected"
+            for _ in range(2):
+                await make()
+            while len(told) < len(made):
+                told.append((await anext(events))["Actor"]["ID"])
+            forwarding.cut()
+            await make()
+            assert (await anext(events))["Action"] == "lost"
+        assert (await anext(events))["Action"] == "connected"
+        while len(told) < len(made):
+            told.append((await anext(events))["Actor"]["ID"])
+        assert told == made
+
+
+async def test_events_go_on_over_a_restart_of_the_engine(dockerd: Daemon) -> None:
     async with Engine(dockerd.host) as engine, asyncio.timeout(60):
         await make_busybox(engine, "one:1")
         async with aclosing(engine.events()) as events:
