@@ -110,13 +110,15 @@ class Client:
         asked = {"action": "subscribe", "channel": channel, "since": position, "id": "demo"}
         await socket.send_str(orjson.dumps(asked).decode())
 
-    async def message(self, socket: aiohttp.ClientWebSocketResponse) -> dict[str, Any]:
-        """The next envelope, shown. Raises DemoFailed when the server has closed the socket."""
+    async def message(self, socket: aiohttp.ClientWebSocketResponse, *, twice: str = "") -> dict[str, Any]:
+        """The next envelope, shown unless it is one of the user's channel that begins with `twice`, which another
+        channel tells as well. Raises DemoFailed when the server has closed the socket."""
         frame = await socket.receive()
         if frame.type is not aiohttp.WSMsgType.TEXT:
             raise DemoFailed(f"the server closed the socket ({socket.close_code} {frame.extra or ''})".rstrip())
         message: dict[str, Any] = orjson.loads(frame.data)
-        self.console.print(display.line(message))
+        if not (twice and message["event_type"].startswith(twice) and message["channel"].startswith("user:")):
+            self.console.print(display.line(message))
         if message["event_type"] == "error":
             raise DemoFailed(f"the socket says: {message['data']['message']}")
         return message

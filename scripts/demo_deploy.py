@@ -108,7 +108,7 @@ class DeployDemo:
             repository = await stack.enter_async_context(served(self._version("1"), "The first version"))
             app = await stack.enter_async_context(self._app(repository, here))
             first = await self._deployed(app["id"], "live")
-            host = urlsplit(app["url"]).netloc
+            host = urlsplit(first["url"]).netloc
             await self._seen(here, host, "1")
             async with self._looking(here, host) as looks:
                 await self._push(app, repository, {"Dockerfile": _BROKEN}, "A version that cannot run", "failed")
@@ -145,7 +145,7 @@ class DeployDemo:
             "branch": "main", "port": _PORT, "health_path": "/", "build_args": {"BASE": self._image},
         }  # fmt: skip
         app: dict[str, Any] = await client.call("POST", "/apps", body)
-        client.say(f"app {app['id']}, to be seen at {app['url']} (here by way of {here})")
+        client.say(f"app {app['id']}, {self._name}, to be seen by way of {here}")
         try:
             yield app
         except BaseException:
@@ -158,7 +158,7 @@ class DeployDemo:
         channel = f"deployment:{newest['id']}"
         await self._client.subscribe(self._socket, channel, self._position)
         while True:
-            message = await self._client.message(self._socket)
+            message = await self._client.message(self._socket, twice="deployment.")
             if message["event_type"] != "deployment.status" or message["channel"] != channel:
                 continue
             data: dict[str, Any] = message["data"]
@@ -238,7 +238,7 @@ class DeployDemo:
         self._client.next("removing the app")
         await self._client.call("DELETE", f"/apps/{app_id}")
         while True:
-            message = await self._client.message(self._socket)
+            message = await self._client.message(self._socket, twice="deployment.")
             if message["event_type"] == "app.deleted" and message["data"]["id"] == app_id:
                 return
 
