@@ -61,6 +61,31 @@ async def test_a_provider_that_is_down_is_told_and_does_not_count(make: Make, po
     assert sample(metrics, 'cluster_code_provider_up{kind="devpod",provider="away"}') == 0
 
 
+async def test_an_engine_for_apps_that_is_away_is_told_and_does_not_count(make: Make, pool) -> None:
+    worker = make("orchestrator", DOCKER_HOST="unix:///nowhere/docker.sock", DEPLOY_CONCURRENCY="2")
+    other = make("orchestrator", DEPLOY_CONCURRENCY="0")
+    for each in (worker, other):
+        await each.start()
+        await each.until_answer("/ready", 200)
+
+    async def told() -> bool:
+        return "unix:///nowhere/docker.sock" in (await ready(worker))[1]["apps"]["message"]
+
+    await worker.until_so(told)
+    status, document = await ready(worker)
+    assert (status, document["status"], document["apps"]["state"]) == (200, "ready", "down")
+    metrics = (await worker.get("/metrics"))[1]
+    assert sample(metrics, "cluster_code_docker_up") == 0
+    assert sample(metrics, "cluster_code_deployments_queued") == 0
+    assert sample(metrics, "cluster_code_deployments_working_max") == 2
+    assert sample(metrics, 'cluster_code_deployments_ended_total{status="live"}') == 0
+    # Where no apps are deployed nothing is said of it.
+    assert "apps" not in (await ready(other))[1]
+    assert "cluster_code_docker_up" not in (await other.get("/metrics"))[1]
+    for each in (worker, other):
+        assert await each.stop() == 0
+
+
 async def test_while_it_waits_at_the_start_it_lives_and_is_not_ready(
     make: Make, rabbitmq_server, amqp_url: str
 ) -> None:
