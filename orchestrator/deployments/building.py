@@ -53,6 +53,7 @@ _STEP = re.compile(r"Step \d+/\d+ : (.*)", re.DOTALL)
 _RUNNING = re.compile(r" ---> Running in ([0-9a-f]{12,64})\n")
 _REMOVING = re.compile(r"Removing intermediate container [0-9a-f]+\n")
 _EXIT = re.compile(r"returned a non-zero code: (\d+)|exit code: (\d+)")
+_KILLED = "137"
 _SYNTAX = re.compile(
     r"dockerfile parse error|failed to parse Dockerfile|unknown instruction|no build stage", re.IGNORECASE
 )
@@ -274,14 +275,16 @@ class _Build:
         exited = _EXIT.search(message)
         if exited is None:
             return StepFailed("BuildFailed", self._sentence(f"{what or 'The build'} failed: {message}."))
+        code = exited[1] or exited[2]
+        most = f"a build may use {self._settings.build_memory >> 20} MiB"
         if await self._ran_out_of_memory():
-            most = f"{self._settings.build_memory >> 20} MiB"
-            return StepFailed("OutOfMemory", self._sentence(f"{what} ran out of memory: a build may use {most}."))
+            return StepFailed("OutOfMemory", self._sentence(f"{what} ran out of memory: {most}."))
+        if code == _KILLED:
+            # Engines may tell of it later.
+            return StepFailed("OutOfMemory", self._sentence(f"{what} was killed, most likely for its memory: {most}."))
         lines = [line[:_LINE] for line in tail.replace("\r", "\n").splitlines() if line.strip()][-_LINES:]
         said = " It said last:\n" + "\n".join(lines) if lines else " It said nothing."
-        return StepFailed(
-            "BuildFailed", self._sentence(f"{what} failed with exit code {exited[1] or exited[2]}.{said}")
-        )
+        return StepFailed("BuildFailed", self._sentence(f"{what} failed with exit code {code}.{said}"))
 
     def _base(self, failed: str) -> str | None:
         """The image that the builder was getting; `failed` is a step of BuildKit."""

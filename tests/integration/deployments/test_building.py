@@ -128,10 +128,12 @@ async def test_a_dockerfile_becomes_an_image_with_our_labels(yard: Yard) -> None
 
 
 async def test_what_was_built_before_is_used_again(yard: Yard) -> None:
-    files = {"Dockerfile": "FROM {base}\nRUN cat /proc/sys/kernel/random/uuid > /once\nCOPY a.txt /\n", "a.txt": "1"}
+    files = {"Dockerfile": "FROM {base}\nRUN cat /proc/sys/kernel/random/uuid\nCOPY a.txt /\n", "a.txt": "1"}
     first = await yard.build(files)
+    assert " ---> Using cache\n" not in yard.log
     second = await yard.build(files | {"a.txt": "2"})
-    assert await yard.output(first, "cat", "/once") == await yard.output(second, "cat", "/once")
+    # Of our labels, and of the command.
+    assert yard.log.count(" ---> Using cache\n") == 2
     assert first.id != second.id
 
 
@@ -275,7 +277,7 @@ async def test_a_build_that_takes_too_much_memory_is_told_so(yard: Yard) -> None
     yard.settings = replace(yard.settings, build_memory=16 << 20)
     failed = await yard.failure("FROM {base}\nRUN head -c 99000000 /dev/zero | tail -c 99000000 > /dev/null\n")
     assert failed.reason == "OutOfMemory"
-    assert str(failed).endswith("ran out of memory: a build may use 16 MiB.")
+    assert str(failed).endswith("memory: a build may use 16 MiB.")
 
 
 async def test_a_build_may_print_as_much_as_it_likes(yard: Yard) -> None:
