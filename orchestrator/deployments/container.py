@@ -15,8 +15,9 @@ from orchestrator.settings import DeploySettings
 _CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETGID", "SETUID"]
 _PIDS = 1024
 _LOGGING = {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}}
-# Of a container that serves. One that is being tried has none: that it ended must be seen.
-RESTART = {"RestartPolicy": {"Name": "unless-stopped"}}
+# Of a container that serves. One that is being tried has none: that it ended must be seen. Not `unless-stopped`: an
+# engine that was killed ends what still runs when it is started again, and takes that for having been asked to.
+RESTART = {"RestartPolicy": {"Name": "always"}}
 
 
 def config(

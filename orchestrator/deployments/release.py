@@ -183,10 +183,10 @@ async def _close(engine: Engine, those: Sequence[str]) -> None:
 async def clean(engine: Engine, task: Task, settings: DeploySettings) -> None:
     """Remove the containers before, and images beyond those that the app keeps. Raises StepFailed (`Unsteady`)."""
     before = await _before(engine, task, settings)
-    if before and not gate.is_open(await engine.containers.inspect(task.container)):
+    if await _serving(engine, before) and not await _serving(engine, [{"Id": task.container}]):
         raise _unsteady()
+    await retire(engine, before, grace=_GRACE)
     for found in before:
-        await remove(engine, found["Id"])
         task.say(f"Removed the container {found['Names'][0].removeprefix('/')}.\n")
     if removed := await prune(engine, settings, task.app_id, task.settings.keep_images, {task.deployment_id}):
         task.say(f"Removed {removed} image{'s' if removed > 1 else ''} that nobody goes back to.\n")
@@ -230,24 +230,31 @@ async def remove_image(engine: Engine, image: dict[str, Any]) -> None:
 async def discard(engine: Engine, task: Task, settings: DeploySettings) -> None:
     """Remove the deployment's container and the image that it built: it has failed, or was cancelled."""
     mine = labels.ours(settings, app_id=task.app_id, deployment_id=task.deployment_id)
-    await retire(engine, [found["Id"] for found in await engine.containers.list(mine)])
+    await retire(engine, await engine.containers.list(mine))
     for image in await engine.images.list(mine):
         await remove_image(engine, image)
 
 
-async def retire(engine: Engine, those: Sequence[str]) -> None:
-    """Remove containers, those that Traefik sends requests to once it has let go of them."""
-    serving = [one for one in those if gate.is_open(await engine.containers.inspect(one))]
-    if serving:
+async def retire(engine: Engine, those: Sequence[dict[str, Any]], *, grace: float = 0.0) -> None:
+    """Remove containers (as `list` gives them), those that Traefik sends requests to once it has let go of them.
+
+    Those end by SIGTERM; the others get `grace` seconds before SIGKILL.
+    """
+    if serving := await _serving(engine, those):
         await _close(engine, serving)
         await asyncio.sleep(LETS_GO)
-    await asyncio.gather(*(remove(engine, one, grace=_GRACE if one in serving else 0) for one in those))
+    await asyncio.gather(*(remove(engine, one["Id"], grace=_GRACE if one["Id"] in serving else grace) for one in those))
+
+
+async def _serving(engine: Engine, those: Sequence[dict[str, Any]]) -> list[str]:
+    """The ids of those that Traefik sends requests to."""
+    return [one["Id"] for one in those if gate.is_open(await engine.containers.inspect(one["Id"]))]
 
 
 async def remove_app(engine: Engine, app_id: int, settings: DeploySettings) -> None:
     """Remove all that an app has at the engine."""
     mine = labels.ours(settings, app_id=app_id)
-    await retire(engine, [found["Id"] for found in await engine.containers.list(mine)])
+    await retire(engine, await engine.containers.list(mine))
     for image in await engine.images.list(mine):
         await remove_image(engine, image)
 

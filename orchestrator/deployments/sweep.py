@@ -48,17 +48,17 @@ class Kept:
 async def sweep(engine: Engine, pool: Pool, keys: Keyring, settings: DeploySettings) -> None:
     """Make the engine agree with the database, once. One orchestrator at a time may do this.
 
-    Removes containers and images of apps and deployments that are no more, runs those again that serve and are gone,
-    and prunes images and what was kept for builds. Raises ProviderUnavailable, EngineRefused and what the database
-    raises; an app that cannot be run is logged.
+    Removes containers and images of apps and deployments that are no more, runs those again that should serve and do
+    not run, and prunes images and what was kept for builds. Raises ProviderUnavailable, EngineRefused and what the
+    database raises; an app that cannot be run is logged.
     """
     containers = await engine.containers.list(labels.ours(settings))
     images = await engine.images.list(labels.ours(settings))
     apps = await kept(pool)
     await _remove_leftovers(engine, containers, apps)
-    there = {deployment_of(found) for found in containers}
+    there = {deployment_of(found): found for found in containers}
     for app_id, app in apps.items():
-        if app.live is not None and not app.busy and app.live not in there:
+        if app.live is not None and not app.busy and await _is_down(engine, there.get(app.live)):
             await _run_again(engine, pool, keys, settings, app_id, app.live)
     await _remove_images(engine, images, apps, settings)
     await building.prune_cache(engine, settings, older=_CACHE_AGE)
@@ -111,7 +111,15 @@ async def _remove_leftovers(engine: Engine, containers: list[dict[str, Any]], ap
         leftovers.append(found)
     if leftovers:
         log.info("removing leftovers", containers=[found["Names"][0].removeprefix("/") for found in leftovers])
-        await release.retire(engine, [found["Id"] for found in leftovers])
+        await release.retire(engine, leftovers)
+
+
+async def _is_down(engine: Engine, found: dict[str, Any] | None) -> bool:
+    """Whether what should serve must be helped: what has crashed and is started again by the engine need not be."""
+    if found is None or found["State"] != "running":
+        return found is None or found["State"] in ("created", "exited", "dead")
+    seen = await engine.containers.inspect(found["Id"])
+    return seen is None or not (gate.is_open(seen) or seen["RestartCount"])
 
 
 async def _serves(engine: Engine, found: dict[str, Any]) -> bool:
@@ -123,7 +131,7 @@ async def _run_again(
 ) -> None:
     try:
         task, image = await _recipe(pool, keys, deployment_id)
-        log.warning("running again what is gone", container=task.container)
+        log.warning("running again what does not run", container=task.container)
         container = await release.run(engine, task, image, settings)
         await release.probe(engine, task, container, settings)
         # Another may have taken its place meanwhile.

@@ -48,7 +48,7 @@ async def test_one_deployment_follows_another_and_can_be_gone_back_to(site: Site
     image = await site.image(first)
     container = await site.deploy(first, image)
     assert await health(site, container) == "healthy"
-    assert (await site.inspect(container))["HostConfig"]["RestartPolicy"]["Name"] == "unless-stopped"
+    assert (await site.inspect(container))["HostConfig"]["RestartPolicy"]["Name"] == "always"
     await site.deploy(site.task(2))
     assert await site.containers() == ["shop-2"]
     await site.deploy(site.task(3, image=image.name), image)
