@@ -36,7 +36,7 @@ async def make_base(engine: Engine, busybox: str, folder: Path, name: str, label
         (folder / program).write_text(text)
         (folder / program).chmod(0o755)
     (folder / "Dockerfile").write_text(
-        f"FROM {busybox}\nCOPY python3 pip apt-get /bin/\nRUN mkdir -p /var/lib/apt/lists\n"
+        f"FROM {busybox}\nCOPY python3 pip apt-get /bin/\n"
         + "".join(f"LABEL {key}={value}\n" for key, value in labels.items())
     )
     build(name, folder)
