@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.docker import labels
@@ -98,8 +98,8 @@ class Container:
     image: str
     pull_policy: str
     port: int
-    # The API's, without a port of the machine's and without the label MADE_FROM.
-    config: Mapping[str, Any]
+    # The API's, without a port of the machine's and without the label MADE_FROM. It holds the environment.
+    config: Mapping[str, Any] = field(repr=False)
 
     def made_from(self, image_id: str) -> str:
         """What two containers that do the same have in common."""

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Mapp
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ import structlog
 
 from orchestrator.docker import labels
 from orchestrator.docker.engine import Engine
-from orchestrator.errors import EngineRefused, ImagePullFailed, ProviderFailure, ProviderUnavailable
+from orchestrator.errors import EngineRefused, ProviderFailure, ProviderUnavailable
 from orchestrator.machine_kinds import SERVICES
 from orchestrator.providers import sights
 from orchestrator.providers.container_output import Outputs
@@ -42,6 +43,7 @@ from orchestrator.providers.looking import Looking
 from orchestrator.providers.options import DockerOptions
 from orchestrator.providers.placing import lacks_init, port_taken, put, refusal
 from orchestrator.providers.probing import unready
+from orchestrator.providers.pulling import Pulls
 from orchestrator.providers.sights import Memory, Rules, Scene, Sight, diagnose
 
 log = structlog.get_logger("provider.docker")
@@ -54,11 +56,6 @@ _PORTS_TRIED = 20
 _SOON, _LATER = 0.05, 0.5
 # Of the output of a container that has crashed.
 _LAST_LINES = 20
-_MEND = {
-    "ImageNotFound": "correct the image in the machine config, or have an operator put it there or at the engine",
-    "RegistryUnauthorized": "have an operator give the provider credentials for it",
-    "RegistryUnreachable": "have an operator look at the engine's way to the registry, or correct the image",
-}
 
 
 class DockerProvider:
@@ -82,7 +79,7 @@ class DockerProvider:
         self._engine = engine
         self._directory = directory / f"docker-{name}"
         self._sink = sink
-        self._registries = registries or {}
+        self._pulls = Pulls(engine, registries or {})
         self._names = Names(options.instance)
         self._rules = Rules(options.crashes, options.stable_after)
         self._cores: float | None = None
@@ -100,15 +97,16 @@ class DockerProvider:
 
     async def start(self, spec: SessionSpec, report: Report) -> Endpoints:
         """See `Provider`. Cancelling leaves what is there already; the next start goes on from it, a stop ends it."""
-        for last in (*(False,) * (_ROUNDS - 1), True):
+        for _ in range(_ROUNDS):
             try:
                 return await self._start(spec, report)
             except EngineRefused as error:
+                gone = error
+                if error.status not in (404, 409):
+                    break
                 # What was there a moment ago may be gone: somebody tidies up, or the project's last session goes.
-                if last or error.status not in (404, 409):
-                    raise refusal(error, "the session") from error
                 log.info("starting anew", session=spec.ref.session_id, error=str(error))
-        raise AssertionError("the last round returns or raises")
+        raise refusal(gone, "the session") from gone
 
     async def stop(self, ref: SessionRef) -> None:
         """See `Provider`: containers are kept as they ended, until the next start replaces them."""
@@ -186,9 +184,7 @@ class DockerProvider:
         filling.repository()
         if not self._init:
             wanted = [one.without_init() for one in wanted]
-        images = {
-            image: await self._image(ref, image, wanted, report) for image in dict.fromkeys(one.image for one in wanted)
-        }
+        images = await self._pulls.images(wanted, report, partial(self._say, ref))
         there = {sight.service: sight for sight in await self._see(ref)}
         missing = [one for one in wanted if not _runs(there.get(one.service), one.made_from(images[one.image]))]
         if missing:
@@ -204,36 +200,6 @@ class DockerProvider:
                 if not await self._resume(one, images[one.image], before):
                     await self._run(one, images[one.image], before)
         return await self._get_ready(ref, report)
-
-    async def _image(self, ref: SessionRef, image: str, wanted: Collection[Container], report: Report) -> str:
-        """The id of an image, pulled if need be."""
-        policies = {one.pull_policy for one in wanted if one.image == image}
-        found = await self._engine.images.inspect(image)
-        if "Always" in policies or (found is None and policies != {"Never"}):
-            await report("Pulling", f"Pulling the image {image}.")
-            self._say(ref, f"pulling {image}")
-            try:
-                await self._engine.images.pull(
-                    image, auth=self._credentials(image), say=lambda line: self._say(ref, line)
-                )
-            except ImagePullFailed as error:
-                self._say(ref, str(error))
-                told = str(error).rstrip(".")
-                raise ProviderFailure(error.reason, f"{told}; {_MEND[error.reason]}.") from error
-            found = await self._engine.images.inspect(image)
-        if found is None:
-            raise ProviderFailure(
-                "ImageNotFound",
-                f"The Docker engine does not have the image {image}, and `pull_policy` forbids to pull it: correct the"
-                " one or the other in the machine config.",
-            )
-        return str(found["Id"])
-
-    def _credentials(self, image: str) -> dict[str, str] | None:
-        first, slash, _ = image.partition("/")
-        host = first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"
-        user, colon, password = self._registries.get(host, "").partition(":")
-        return {"username": user, "password": password, "serveraddress": host} if colon else None
 
     async def _tidy(self, ref: SessionRef, wanted: Collection[Container]) -> None:
         """Remove containers of services that the session has no more."""
