@@ -115,7 +115,8 @@ class DevPod:
                 grace = 0.0
             finally:
                 await finish(end(Selection(markers), grace=grace), name=f"end of devpod {arguments[0]}")
-            await drain(*pipes, timeout=1)
+            # All who could write have ended.
+            await drain(*pipes, timeout=5)
         finally:
             for pipe in pipes:
                 pipe.close()

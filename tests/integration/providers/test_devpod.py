@@ -562,7 +562,7 @@ async def test_a_service_that_does_not_answer_in_time_fails_the_start(stage: Sta
     provider = stage.provider(ready_deadline=2.0)
     wanted = spec({"preview": {"command": ["sh", "-c", "echo waiting; exec sleep 600"], "port": port}})
     told = await stage.fails(provider, wanted)
-    assert told.startswith("NotReady: preview was not ready within 2 s: nothing answers at http://127.0.0.1:")
+    assert told.startswith("NotReady: preview was not ready within 2 s: ")
     assert not stage.living()
 
 
