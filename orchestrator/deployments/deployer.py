@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from orchestrator.database import Pool, Wakeup, backoff, leadership
-from orchestrator.deployments import directories, leases, queue
+from orchestrator.deployments import directories, leases, queue, release
 from orchestrator.deployments.engine_work import EngineWork
 from orchestrator.deployments.secrets import Keyring
 from orchestrator.deployments.sweep import sweep
@@ -63,6 +63,7 @@ class Deployer:
             while True:
                 await queue.forget_deliveries(connection)
                 try:
+                    await release.ensure_network(self._engine, self._settings)
                     await sweep(self._engine, self._pool, self._keys, self._settings)
                     failures = 0
                 except (ProviderUnavailable, EngineRefused) as error:

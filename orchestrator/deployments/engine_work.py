@@ -8,20 +8,30 @@ from datetime import timedelta
 from orchestrator.deployments import building, labels, release, source, sweep
 from orchestrator.deployments.contract import Image, Source, Task
 from orchestrator.docker.engine import Engine
+from orchestrator.errors import ProviderUnavailable
 from orchestrator.settings import DeploySettings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineWork:
     """`worker.Work` at one engine."""
 
     engine: Engine
     settings: DeploySettings
+    _network_seen: bool = False
 
     async def check(self) -> None:
-        """Return when the engine answers, with an API that we speak."""
+        """Return when the engine answers, with an API that we speak, and has had the network of the apps.
+
+        Engines before 25 let several networks have one name, which then names none of them: so one orchestrator makes
+        it, the one that sweeps, before anybody begins.
+        """
         await self.engine.connection.version()
         await self.engine.connection.ping()
+        if not self._network_seen:
+            if await self.engine.networks.inspect(self.settings.network) is None:
+                raise ProviderUnavailable(f"Its network {self.settings.network} is about to be made.")
+            self._network_seen = True
 
     async def clone(self, task: Task) -> Source:
         """See `source`."""

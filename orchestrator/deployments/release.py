@@ -45,7 +45,7 @@ async def run(engine: Engine, task: Task, image: Image, settings: DeploySettings
     `NameTaken`, `ImageGone`, `ForbiddenLabels`, `StartFailed`, `UnsupportedPlatform`.
     """
     await _check_image(engine, image)
-    await _ensure_network(engine, settings)
+    await ensure_network(engine, settings)
     siblings = [found["Labels"] for found in await _before(engine, task, settings)]
     wanted = containers.config(task, image, settings, siblings)
     found = await engine.containers.inspect(task.container)
@@ -72,7 +72,8 @@ async def _check_image(engine: Engine, image: Image) -> None:
         )
 
 
-async def _ensure_network(engine: Engine, settings: DeploySettings) -> None:
+async def ensure_network(engine: Engine, settings: DeploySettings) -> None:
+    """Make the network of the apps, if there is none."""
     # One that is there may be anybody's: whoever installed Traefik has made it.
     if await engine.networks.inspect(settings.network) is None:
         try:

@@ -86,7 +86,7 @@ async def stage(place: Place, database_settings: DatabaseSettings, tmp_path: Pat
     """Where workers can be, with an engine that does what a test says."""
     from tests.integration.deployments.staged import Stage
 
-    settings = DeploySettings(directory=tmp_path / "deployments", lease=3.0, secrets_key=["k" * 42 + "A"])
+    settings = DeploySettings(directory=tmp_path / "deployments", lease=15.0, secrets_key=["k" * 42 + "A"])
     return Stage(place, database_settings, settings)
 
 

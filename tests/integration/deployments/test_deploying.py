@@ -72,6 +72,8 @@ async def shop(
         network=owned.instance, drain=0.1, free_bytes=1 << 20, probe_deadline=30.0,
     )  # fmt: skip
     stage = Stage(place, database_settings, settings, EngineWork(owned.engine, settings))
+    # What the one that sweeps does.
+    await release.ensure_network(owned.engine, settings)
     async with GitServer(tmp_path / "repositories") as server:
         server.credentials = "ann:hunter2-0123"
         async with place.pool.acquire() as connection, connection.transaction():
