@@ -28,17 +28,17 @@ def parse_bytes(value: Any) -> int:
     found = _QUANTITY.match(str(value)) if isinstance(value, int | str) and not isinstance(value, bool) else None
     if found is None or found[2] not in _BYTES:
         raise ValidationError(f"must be a size such as 512Mi or 4Gi, not {value!r}")
-    size = int(float(found[1]) * _BYTES[found[2]])
-    if not 0 < size <= _MOST_BYTES:
-        raise ValidationError(f"must be more than nothing and at most 1024Ti, not {value!r}")
-    return size
+    size = float(found[1]) * _BYTES[found[2]]
+    if not 1 <= size <= _MOST_BYTES:
+        raise ValidationError(f"must be more than nothing and at most 1024Ti, not {str(value)[:40]!r}")
+    return int(size)
 
 
 def parse_cores(value: Any) -> float:
     """A number of cores such as `2`, `0.5` or `500m`. Raises ValidationError."""
     number = math.nan
     if isinstance(value, int | float) and not isinstance(value, bool):
-        number = float(value)
+        number = float(min(value, _MOST_CORES + 1))
     elif isinstance(value, str) and (found := _QUANTITY.match(value)) and found[2] in ("", "m"):
         number = float(found[1]) / (1000 if found[2] else 1)
     if not 0 < number <= _MOST_CORES:

@@ -98,7 +98,7 @@ async def test_of_those_who_want_a_name_at_once_one_gets_it(api: Api, ann: Perso
         ("port", [0, 65536, -1, "80", 80.5, True, None]),
         ("health_path", ["", "health", "/a b", "/a\n", "/a#b", "/ä", "/" + "a" * 500, 7]),
         ("cpu", [0, -1, 0.001, 2000, "1x", "-1", "", True, [], "1e3"]),
-        ("memory", [0, 1024, "1Ki", "1GB", "-1Mi", "", 1.5, True, "2000Ti"]),
+        ("memory", [0, 1024, "1Ki", "1GB", "-1Mi", "", 1.5, True, "2000Ti", "9" * 400]),
         ("domains", [["a"], ["*.a.test"], ["a.test`) || Host(`b.test"], ["a_b.test"], ["1.2.3.4"], ["a.test."], [""],
                      ["-a.test"], ["a..test"], ["shop.apps.test.evil"] * 21, ["apps.test"], ["other.apps.test"],
                      ["x.shop.apps.test"], ["a" * 64 + ".test"], ["https://a.test"], "a.test", [7], None]),

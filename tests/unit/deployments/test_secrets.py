@@ -106,6 +106,16 @@ def test_a_deploy_key_is_kept_as_ssh_reads_it() -> None:
         assert deploy_key(key.strip().replace("\n", "\r\n")) == key
 
 
+def test_the_numbers_of_a_deploy_key_are_not_looked_into() -> None:
+    # That the primes of a large key are primes would take seconds, for which nobody else is served.
+    numbers = rsa.generate_private_key(65537, 2048).private_numbers()
+    other = rsa.RSAPrivateNumbers(
+        numbers.p, numbers.q, numbers.d + 2, numbers.dmp1, numbers.dmq1, numbers.iqmp, numbers.public_numbers
+    ).private_key(unsafe_skip_rsa_key_validation=True)
+    key = other.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()).decode()
+    assert deploy_key(key) == key
+
+
 def test_what_is_no_private_key_or_needs_a_passphrase_is_refused_and_not_repeated() -> None:
     locked = ed25519.Ed25519PrivateKey.generate().private_bytes(
         Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"passphrase")
