@@ -14,7 +14,7 @@ import hmac
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -149,7 +149,9 @@ class DeployDemo:
         try:
             yield app
         except BaseException:
-            await asyncio.shield(client.call("DELETE", f"/apps/{app['id']}"))
+            # It may be gone already.
+            with suppress(DemoFailed):
+                await asyncio.shield(client.call("DELETE", f"/apps/{app['id']}"))
             raise
 
     async def _deployed(self, app_id: int, status: str) -> dict[str, Any]:
@@ -245,12 +247,11 @@ class DeployDemo:
     async def _gone(self, engine: Engine, app_id: int) -> None:
         """Show that the engine has nothing of it. Raises DemoFailed when it still has."""
         self._client.next("looking for what is left")
-        left = {
-            "containers": await engine.containers.list({APP: str(app_id)}),
-            "images": await engine.images.list({APP: str(app_id)}),
-        }
-        if any(left.values()):
-            raise DemoFailed(f"the app is deleted, and Docker still has {sum(map(len, left.values()))} things of it")
+        containers = [name for one in await engine.containers.list({APP: str(app_id)}) for name in one["Names"]]
+        images = [name for one in await engine.images.list({APP: str(app_id)}) for name in one["RepoTags"] or ()]
+        # Others may have an app of this number at the same engine.
+        if left := [name for name in [*containers, *images] if self._name in name]:
+            raise DemoFailed(f"the app is deleted, and Docker still has of it {', '.join(left)}")
         self._client.say("Docker has no container and no image of it")
 
     def _judge(self, looks: Looks) -> None:
