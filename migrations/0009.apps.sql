@@ -32,6 +32,7 @@ CREATE TABLE apps (
 );
 CREATE INDEX apps_workspace_idx ON apps (workspace_id, id DESC);
 CREATE INDEX apps_deleting_idx ON apps (next_attempt_at) WHERE deleting;
+CREATE INDEX apps_domains_idx ON apps USING gin ((settings -> 'domains'));
 
 CREATE TABLE deployments (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -87,6 +88,9 @@ CREATE INDEX deployments_due_idx ON deployments (next_attempt_at) WHERE finished
 -- One at a time for an app, and one that serves.
 CREATE UNIQUE INDEX deployments_deploying_key ON deployments (app_id) WHERE status = 'deploying';
 CREATE UNIQUE INDEX deployments_live_key ON deployments (app_id) WHERE status = 'live';
+-- Whose domains are routed, or will be.
+CREATE INDEX deployments_domains_idx ON deployments USING gin ((settings -> 'domains'))
+    WHERE status IN ('queued', 'deploying', 'live');
 CREATE INDEX deployments_rollback_idx ON deployments (rollback_of) WHERE rollback_of IS NOT NULL;
 
 -- The log of a deployment, in pieces that follow one another without gaps.

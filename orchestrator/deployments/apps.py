@@ -263,14 +263,23 @@ async def _take_domains(connection: Connection, app_id: int, domains: Sequence[s
         return
     # Two that take the same one at once do so one after the other.
     await connection.execute("SELECT pg_advisory_xact_lock($1)", _DOMAINS_KEY)
-    taken = await connection.fetchval(
-        """SELECT min(domain) FROM apps, jsonb_array_elements_text(settings -> 'domains') AS domain
-            WHERE id <> $1 AND domain = ANY ($2::text[])""",
+    # What an app had when it was deployed last is routed to it until it is deployed again.
+    taken = await connection.fetchrow(
+        """SELECT domain, dropped
+             FROM (SELECT settings -> 'domains' AS domains, false AS dropped FROM apps
+                    WHERE id <> $1 AND settings -> 'domains' ?| $2::text[]
+                    UNION ALL
+                   SELECT settings -> 'domains', true FROM deployments
+                    WHERE app_id <> $1 AND settings -> 'domains' ?| $2::text[]
+                      AND status IN ('queued', 'deploying', 'live')) AS others,
+                  jsonb_array_elements_text(domains) AS domain
+            WHERE domain = ANY ($2::text[]) ORDER BY dropped, domain LIMIT 1""",
         app_id,
         list(domains),
     )
     if taken is not None:
-        raise Taken(f"Another app has the domain {taken}.", field="domains")
+        holds = "serves the domain {} until it is deployed again." if taken["dropped"] else "has the domain {}."
+        raise Taken(f"Another app {holds.format(taken['domain'])}", field="domains")
 
 
 async def _told(connection: Connection, app_id: int) -> App:

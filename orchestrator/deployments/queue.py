@@ -46,7 +46,7 @@ async def enqueue(
 async def roll_back(connection: Connection, deployment_id: int, *, user_id: int | None) -> Deployment:
     """Queue a deployment of the image and the settings that an earlier one has served with.
 
-    Raises NotFound, and Conflict, saying why, for one that never served or whose image is gone.
+    Its domains, which may be another app's by now, and how many images are kept are the app's own of now. Raises NotFound, and Conflict, saying why, for one that never served or whose image is gone.
     """
     before = await _found(connection, deployment_id)
     app = await apps.lock_to_change(connection, before.app_id)
@@ -58,9 +58,10 @@ async def roll_back(connection: Connection, deployment_id: int, *, user_id: int 
             f"The image of deployment {before.number} of {app.name} was removed: {app.name} keeps the images of "
             f"{app.settings.keep_images} deployments. Deploy its commit instead."
         )
-    recipe = """SELECT repo_url, branch, settings, secrets, commit_id, commit_message, image, image_id
+    recipe = """SELECT repo_url, branch, settings || $7::jsonb, secrets, commit_id, commit_message, image, image_id
                   FROM deployments WHERE id = $6"""
-    return await _insert(connection, app, "rollback", user_id, deployment_id, recipe)
+    todays = {"domains": app.settings.domains, "keep_images": app.settings.keep_images}
+    return await _insert(connection, app, "rollback", user_id, deployment_id, recipe, todays)
 
 
 async def _insert(

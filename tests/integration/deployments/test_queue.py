@@ -102,13 +102,14 @@ async def _roll_back(place: Place, deployment: Deployment) -> Deployment:
 
 
 async def test_a_rollback_has_the_image_settings_and_secrets_of_what_served(pool: Pool, place: Place) -> None:
-    app = await place.app(port=3000, secrets=AppSecrets(env={"A": "old"}))
+    app = await place.app(port=3000, domains=("old.test",), secrets=AppSecrets(env={"A": "old"}))
     old = await place.enqueue(app)
     image = {"image": "cluster-code-shop:1", "image_id": "sha256:1", "commit_id": COMMIT, "commit_message": "Why"}
     await place.set(old, status="retired", **image)
     async with pool.acquire() as connection, connection.transaction():
         await apps.update(
-            connection, KEYS, app.id, columns={}, settings={"port": 1}, secrets={"env": {"A": None}}
+            connection, KEYS, app.id, columns={}, secrets={"env": {"A": None}},
+            settings={"port": 1, "domains": ("new.test",), "keep_images": 7},
         )  # fmt: skip
     back = await _roll_back(place, old)
     assert (back.cause, back.rollback_of, back.number, back.status) == ("rollback", old.id, 2, "queued")
@@ -116,6 +117,7 @@ async def test_a_rollback_has_the_image_settings_and_secrets_of_what_served(pool
     async with pool.acquire() as connection:
         settings, secrets = await record.recipe(connection, back, KEYS)
     assert (settings.port, secrets.env) == (3000, {"A": "old"})
+    assert (settings.domains, settings.keep_images) == (("new.test",), 7), "the old one may be another app's by now"
 
 
 async def test_there_is_no_way_back_to_what_never_served_or_whose_image_is_gone(place: Place) -> None:
@@ -183,6 +185,20 @@ async def test_a_domain_is_of_one_app_however_many_want_it_at_once(place: Place)
         await _update(place, other.id, settings={"domains": ("other.test", "shop.test")})
     changed = await _update(place, other.id, settings={"domains": ("other.test", "third.test")})
     assert changed.settings.domains == ("other.test", "third.test")
+
+
+@pytest.mark.parametrize("status", ["queued", "deploying", "live"])
+async def test_a_domain_that_an_app_gave_up_is_free_when_it_is_not_routed_there_any_more(
+    place: Place, status: str
+) -> None:
+    app = await place.app(domains=("shop.test",))
+    deployment = await place.enqueue(app)
+    await place.set(deployment, status=status)
+    await _update(place, app.id, settings={"domains": ()})
+    with pytest.raises(Taken, match=r"^Another app serves the domain shop\.test until it is deployed again\.$"):
+        await place.app("other", domains=("shop.test",))
+    await place.set(deployment, status="retired")
+    assert (await place.app("other", domains=("shop.test",))).settings.domains == ("shop.test",)
 
 
 async def test_secrets_are_merged_by_name(place: Place) -> None:
