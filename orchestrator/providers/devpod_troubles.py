@@ -63,9 +63,13 @@ _LAST = 6
 # What says nothing that another line does not say better.
 _EMPTY = re.compile(
     r"(?:run agent command|tunnel to container|start tunnel server): |(?:process )?exit(?:ed with)? status \d+"
-    r"|try using the --debug flag|error tunneling|successfully |running .* from devcontainer.json",
+    r"|try using the --debug flag|error tunneling|successfully |running .* from devcontainer.json"
+    # Said of every image without git, and no failure.
+    r"|error configuring git credentials",
     re.IGNORECASE,
 )
+# The container runs, and DevPod's own connection to it has broken before the result was through: it happens.
+_CUT_OFF = r"run agent command: (?:EOF|.*closed)|handshake failed: EOF|broken pipe|connection reset"
 _CLONE = re.compile(r"\bclone repository: ", re.IGNORECASE)
 # What git itself says of a failure, on whatever level DevPod logs it.
 _OF_GIT = re.compile(r"(?:fatal|error|remote): ")
@@ -78,6 +82,11 @@ def of_up(said: Sequence[Said], repository: git.Git, branch: str | None) -> Clus
         words = [one.text for one in said if one.level == "error" or _OF_GIT.match(one.text)]
         return repository.failure("\n".join(words) or telling(said), branch=branch, target=repository.home)
     return of(said, "start the session")
+
+
+def is_cut_off(said: Sequence[Said]) -> bool:
+    """Whether an `up` that failed is worth another: what it has begun, it goes on with."""
+    return any(one.text.startswith("Setup container") for one in said) and _find((_CUT_OFF,), said) is not None
 
 
 def of(said: Sequence[Said], what: str) -> ClusterCodeError:

@@ -180,11 +180,15 @@ class Workspaces:
             env = await in_thread(partial(git_environment, repository, self._options.repo_schemes, handover))
             ssh_config = home.ssh_config(ref.session_id)
             told = await in_thread(lambda: [*arguments(spec, self._options.provider, ssh_config, handover)])
-            outcome = await self._devpod.run(
-                "up", source(repository, spec.branch), "--id", name, *told, *again,
+            up = partial(
+                self._devpod.run, "up", source(repository, spec.branch), "--id", name, *told, *again,
                 home=home.path, deadline=self._options.up_deadline, session_id=ref.session_id, env=env,
                 hear=hear, hide=partial(self._hide, home, repository), grace=_UP_GRACE,
             )  # fmt: skip
+            outcome = await up()
+            if outcome.code != 0 and troubles.is_cut_off(outcome.said):
+                self._say(ref, Said("info", "DevPod has lost its connection to the container: once more"))
+                outcome = await up()
         except TimeoutError as error:
             raise ProviderFailure(
                 "StartTimeout", f"DevPod did not bring up the session within {self._options.up_deadline:g} s."

@@ -8,6 +8,7 @@ process here, which knows nothing of us, as in a container. `${...}` of play.jso
     hang     true                  then do nothing for ever, nor a child of it
     exit     code                  then end so, having done nothing
     nothing  true                  do nothing of what is asked, and say that it is done
+    times    number                only at the first so many calls, ever
     die      true                  (up) be killed as soon as the clone is begun
     state    word                  (status) say this
 """
@@ -31,7 +32,8 @@ def main():
     command = ARGUMENTS[0]
     play = json.loads((HERE / "play.json").read_text())
     how = play.get(command, {})
-    record(command)
+    if record(command) > how.get("times", 1_000_000):
+        how = {}
     for stream, line in how.get("say", []):
         print(line, file=getattr(sys, stream), flush=True)
     if how.get("hang"):
@@ -58,6 +60,7 @@ def record(command):
         call["credentials"] = subprocess.run(["sh", "-c", helper[1:] + " get"], capture_output=True, text=True).stdout
     with (HERE / "calls.jsonl").open("a") as file:
         file.write(json.dumps(call) + "\n")
+    return (HERE / "calls.jsonl").read_text().count(f'{{"command": "{command}"')
 
 
 def git_helper():

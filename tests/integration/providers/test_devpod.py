@@ -343,6 +343,23 @@ async def test_an_up_that_claims_success_is_not_believed(stage: Stage) -> None:
     assert "says that it is Stopped" in await stage.fails(stage.provider(), spec())
 
 
+async def test_an_up_whose_connection_breaks_behind_the_clone_is_tried_once_more(stage: Stage) -> None:
+    said = [logged("info", "Setup container..."), logged("info", "devcontainer up: run agent command: EOF")]
+    provider = stage.provider()
+    stage.play(up={"say": said, "exit": 1, "times": 1})
+    await stage.start(provider, spec())
+    assert len(stage.calls("up")) == 2
+    await provider.delete(REF)
+    stage.play(up={"say": said, "exit": 1})
+    told = await stage.fails(provider, spec())
+    assert told == "DevPodFailed: DevPod could not start the session: run agent command: EOF"
+    assert len(stage.calls("up")) == 4
+    # Amid the clone, nobody knows what is there.
+    stage.play(up={"say": said[1:], "exit": 1})
+    await stage.fails(provider, spec())
+    assert len(stage.calls("up")) == 5
+
+
 async def test_an_up_that_was_killed_amid_its_clone_is_begun_anew(stage: Stage) -> None:
     provider = stage.provider()
     stage.play(up={"die": True})
