@@ -64,6 +64,9 @@ class Deployment(Schema):
     commit_id = fields.String(required=True, allow_none=True)
     commit_message = fields.String(required=True)
     status = fields.String(required=True, validate=validate.OneOf(_STATUSES))
+    cancel_requested = fields.Boolean(
+        required=True, metadata={"description": "It ends within seconds, if it does not serve before."}
+    )
     step = fields.String(required=True)
     steps = fields.List(fields.Nested(StepDone), required=True)
     reason = fields.String(required=True)

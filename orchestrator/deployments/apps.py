@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from secrets import token_urlsafe
 from typing import Any
+from urllib.parse import urlsplit
 
 from auth.errors import NotVisible, Taken
 from orchestrator import events
 from orchestrator.database import Connection
 from orchestrator.deployments.contract import AppSecrets, AppSettings
-from orchestrator.deployments.record import moment, settings_of
+from orchestrator.deployments.record import moment, own_channel, settings_of
 from orchestrator.deployments.secrets import Keyring
-from orchestrator.errors import Conflict, NotFound
+from orchestrator.errors import Conflict, Invalid, NotFound
 from orchestrator.eventlog import outbox
 from orchestrator.events import Event
 
@@ -26,6 +27,9 @@ from orchestrator.events import Event
 _DOMAINS_KEY = 0x646F6D61696E73
 # Bytes.
 _HOOK_SECRET = 32
+# Of an app's secret variables, however many requests they came with; bytes, as of what one may bring.
+_MOST_SECRETS = 256
+_LARGEST_SECRETS = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +190,8 @@ async def update(
     if changed.domains != app.settings.domains:
         await _take_domains(connection, app_id, changed.domains)
     sealed = app.secrets
+    if "deploy_token" not in secrets and _elsewhere(app.repo_url, columns.get("repo_url", app.repo_url)):
+        _keep_token(keys.decrypt_secrets(sealed, app_id), app.repo_url)
     if secrets:
         before = AppSecrets() if _forgets_all(secrets) else keys.decrypt_secrets(app.secrets, app_id)
         sealed = keys.encrypt_secrets(merged(before, secrets), app_id)
@@ -198,12 +204,36 @@ async def update(
     return await _told(connection, app_id)
 
 
+def _elsewhere(old: str, new: str) -> bool:
+    """Whether what is shown to the one host would be shown to another, or in clear."""
+    return urlsplit(old)[:2] != urlsplit(new)[:2]
+
+
+def _keep_token(before: AppSecrets, repo_url: str) -> None:
+    """Whoever may change an app may not read its token, and so not have it sent to a host of their own."""
+    if before.deploy_token:
+        raise Invalid(
+            f"The deploy_token is for {urlsplit(repo_url).netloc}: give the one for the new repo_url with it, or null.",
+            field="deploy_token",
+        )
+
+
 def merged(before: AppSecrets, changes: Mapping[str, Any]) -> AppSecrets:
-    """The secrets with these changes: `env` by name, where None removes one (or, in its place, all); others whole."""
+    """The secrets with these changes: `env` by name, where None removes one (or, in its place, all); others whole.
+
+    Raises Invalid (`secrets`) when they become too many.
+    """
     changed: dict[str, Any] = {name: value or "" for name, value in changes.items() if name != "env"}
     if "env" in changes:
         env = {**before.env, **changes["env"]} if changes["env"] is not None else {}
-        changed["env"] = {name: value for name, value in env.items() if value is not None}
+        changed["env"] = kept = {name: value for name, value in env.items() if value is not None}
+        size = sum(len(name) + len(value.encode()) for name, value in kept.items())
+        if len(kept) > _MOST_SECRETS or size > _LARGEST_SECRETS:
+            raise Invalid(
+                f"An app has {_MOST_SECRETS} secrets of {_LARGEST_SECRETS} bytes in all at most, and would have "
+                f"{len(kept)} of {size}: remove some by null.",
+                field="secrets",
+            )
     return replace(before, **changed)
 
 
@@ -289,9 +319,10 @@ async def _told(connection: Connection, app_id: int) -> App:
 
 
 async def _tell(connection: Connection, event_type: str, app: App) -> None:
-    channels = [events.workspace_channel(app.workspace_id)]
-    if app.created_by is not None:
-        channels.insert(0, events.user_channel(app.created_by))
+    channels = [
+        *await own_channel(connection, app.created_by, app.workspace_id),
+        events.workspace_channel(app.workspace_id),
+    ]
     await outbox.add(connection, *(Event(event_type, channel, public(app)) for channel in channels))
 
 

@@ -46,7 +46,8 @@ async def enqueue(
 async def roll_back(connection: Connection, deployment_id: int, *, user_id: int | None) -> Deployment:
     """Queue a deployment of the image and the settings that an earlier one has served with.
 
-    Its domains, which may be another app's by now, and how many images are kept are the app's own of now. Raises NotFound, and Conflict, saying why, for one that never served or whose image is gone.
+    Its domains, which may be another app's by now, and how many images are kept are the app's own of now. Raises
+    NotFound, and Conflict, saying why, for one that never served or whose image is gone.
     """
     before = await _found(connection, deployment_id)
     app = await apps.lock_to_change(connection, before.app_id)

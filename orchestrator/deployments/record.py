@@ -43,6 +43,7 @@ class Deployment:
     commit_id: str | None
     commit_message: str
     status: str
+    cancel_requested: bool
     step: str
     # {"name", "status": "running|done|failed|cancelled", "seconds": float, None while it runs}, in their order.
     steps: list[dict[str, Any]]
@@ -57,7 +58,6 @@ class Deployment:
 
     image_id: str | None
     container: str | None
-    cancel_requested: bool
     lease_owner: UUID | None
     attempts: int
 
@@ -101,6 +101,7 @@ def public(deployment: Deployment) -> dict[str, Any]:
         "commit_id": deployment.commit_id,
         "commit_message": deployment.commit_message,
         "status": deployment.status,
+        "cancel_requested": deployment.cancel_requested,
         "step": deployment.step,
         "steps": deployment.steps,
         "reason": deployment.reason,
@@ -187,11 +188,24 @@ async def tell(connection: Connection, *deployments: Deployment) -> None:
     told = []
     for deployment in deployments:
         data = public(deployment)
-        channels = [events.deployment_channel(deployment.id), events.workspace_channel(deployment.workspace_id)]
-        if deployment.user_id is not None:
-            channels.insert(1, events.user_channel(deployment.user_id))
+        channels = [
+            events.deployment_channel(deployment.id),
+            *await own_channel(connection, deployment.user_id, deployment.workspace_id),
+            events.workspace_channel(deployment.workspace_id),
+        ]
         told += [Event(events.DEPLOYMENT_STATUS, channel, data) for channel in channels]
     await outbox.add(connection, *told)
+
+
+async def own_channel(connection: Connection, user_id: int | None, workspace_id: int) -> list[str]:
+    """That of the user who made something in a workspace; none once the user may not see it any more."""
+    may_see = await connection.fetchval(
+        """SELECT is_admin OR EXISTS (SELECT FROM workspace_members WHERE workspace_id = $2 AND user_id = $1)
+             FROM users WHERE id = $1""",
+        user_id,
+        workspace_id,
+    )
+    return [events.user_channel(user_id)] if user_id is not None and may_see else []
 
 
 def _update(deployment_id: int, changes: Mapping[str, Any]) -> list[Any]:

@@ -86,6 +86,8 @@ async def test_what_waits_is_cancelled_at_once_and_what_is_worked_on_by_its_work
     for _ in range(2):
         asked = await _cancel(place, running)
         assert (asked.status, asked.cancel_requested, asked.finished) == ("deploying", True, False)
+    seen = [data for _, channel, data in await place.told() if channel == f"deployment:{running.id}"]
+    assert [data["cancel_requested"] for data in seen] == [False, True], "asked twice is told once"
 
 
 @pytest.mark.parametrize("status", ["live", "retired", "failed", "cancelled", "superseded"])
@@ -205,8 +207,26 @@ async def test_secrets_are_merged_by_name(place: Place) -> None:
     app = await place.app(secrets=AppSecrets(env={"A": "a", "B": "b"}, deploy_key="key", deploy_user="ann"))
     changed = await _update(place, app.id, secrets={"env": {"A": None, "C": "c"}, "deploy_user": None})
     assert KEYS.decrypt_secrets(changed.secrets, app.id) == AppSecrets(env={"B": "b", "C": "c"}, deploy_key="key")
+    many = {f"N{number}": "x" for number in range(254)}
+    await _update(place, app.id, secrets={"env": many})
+    for more in ({"D": "d"}, {"N1": "x" * (256 << 10)}):
+        with pytest.raises(Invalid, match=r"^An app has 256 secrets of 262144 bytes in all at most") as refused:
+            await _update(place, app.id, secrets={"env": more})
+        assert refused.value.field == "secrets"
     changed = await _update(place, app.id, secrets={"env": None, "deploy_key": None})
     assert changed.secrets is None
+
+
+async def test_a_token_is_not_sent_to_another_host(place: Place) -> None:
+    app = await place.app(secrets=AppSecrets(deploy_token="t0ken"))
+    same = await _update(place, app.id, columns={"repo_url": "https://git.test/other"})
+    assert same.repo_url == "https://git.test/other"
+    for url in ("https://evil.test/x", "http://git.test/x", "https://git.test:444/x", "git@git.test:x"):
+        with pytest.raises(Invalid, match=r"^The deploy_token is for git\.test: ") as refused:
+            await _update(place, app.id, columns={"repo_url": url}, secrets={"env": {"A": "a"}})
+        assert refused.value.field == "deploy_token"
+    await _update(place, app.id, columns={"repo_url": "https://evil.test/x"}, secrets={"deploy_token": None})
+    await _update(place, app.id, columns={"repo_url": "https://other.test/x"})
 
 
 async def test_secrets_whose_key_is_lost_can_only_be_removed(place: Place) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.database import Pool
-from orchestrator.deployments import record
+from orchestrator.deployments import apps, queue, record
 from orchestrator.deployments.contract import AppSecrets
 from orchestrator.deployments.record import After
 from orchestrator.errors import NotFound
@@ -58,6 +58,25 @@ async def test_a_deployment_that_nobody_signed_in_made_is_told_to_no_user(pool: 
         assert written.finished
     channels = [channel for _, channel, _ in await place.told()]
     assert channels == [f"deployment:{before.id}", f"workspace:{place.workspace_id}"]
+
+
+async def test_who_is_no_member_any_more_is_told_nothing(pool: Pool, place: Place) -> None:
+    app = await place.app()
+    deployment = await place.enqueue(app)
+    await place.told()
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute("DELETE FROM workspace_members")
+        await record.write(connection, await record.lock(connection, deployment.id), message="Hello.")
+        await queue.delete_app(connection, app.id)
+    assert {channel for _, channel, _ in await place.told()} == {
+        f"deployment:{deployment.id}", f"workspace:{place.workspace_id}"
+    }  # fmt: skip
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute("UPDATE users SET is_admin = true")
+        await apps.tell_waiting(connection, app.id, "Docker does not answer.")
+    assert {channel for _, channel, _ in await place.told()} == {
+        f"user:{place.user_id}", f"workspace:{place.workspace_id}"
+    }  # fmt: skip
 
 
 async def test_a_transaction_that_is_rolled_back_tells_nothing(pool: Pool, place: Place) -> None:
