@@ -22,6 +22,9 @@ from orchestrator.settings import DeploySettings
 # Bytes of a Dockerfile, and of other files that are looked into.
 _MOST_DOCKERFILE = 1 << 20
 _MOST_TEXT = 4 << 20
+# A key of TOML takes time by the square of its parts: bytes of such a file, and dots in one of its lines.
+_MOST_TOML = 256 << 10
+_MOST_DOTS = 1000
 # What is told of a directory that lacks what was looked for.
 _MOST_NAMES = 10
 # Where ours lies in the build context: no repository has it.
@@ -106,9 +109,9 @@ def _names(directory: Path) -> str:
     return ", ".join(shown) + more if shown else "nothing"
 
 
-def _text(directory: Path, name: str) -> str | None:
+def _text(directory: Path, name: str, most: int = _MOST_TEXT) -> str | None:
     try:
-        return read_text(directory, name, _MOST_TEXT)
+        return read_text(directory, name, most)
     except Escapes as error:
         raise StepFailed("InvalidProject", f"The repository's {name} {error}.") from error
 
@@ -164,7 +167,7 @@ def _node(directory: Path, app: AppSettings, settings: DeploySettings) -> Recipe
 
 def _python(directory: Path, app: AppSettings, settings: DeploySettings) -> Recipe | None:
     requirements = _text(directory, "requirements.txt")
-    project = _text(directory, "pyproject.toml")
+    project = _text(directory, "pyproject.toml", _MOST_TOML)
     if requirements is None and project is None:
         return None
     entry = _python_entry(directory)
@@ -182,6 +185,8 @@ def _python(directory: Path, app: AppSettings, settings: DeploySettings) -> Reci
 
 def _toml(text: str) -> dict[str, Any]:
     try:
+        if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line of it has more than {_MOST_DOTS} dots")
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise StepFailed("InvalidProject", f"The repository's pyproject.toml is no TOML: {error}.") from error
@@ -190,8 +195,8 @@ def _toml(text: str) -> dict[str, Any]:
 def _python_entry(directory: Path) -> tuple[str, str] | None:
     """The command that runs a project, and the server that it needs beside what it asks for itself."""
     procfile = _text(directory, "Procfile") or ""
-    if web := re.search(r"^web:[ \t]*(\S.*?)\s*$", procfile, re.MULTILINE):
-        return web[1], ""
+    if web := re.search(r"^web:[ \t]*+(\S.*)", procfile, re.MULTILINE):
+        return web[1].rstrip(), ""
     for name in ("main", "app"):
         text = _text(directory, f"{name}.py")
         if text is not None:
@@ -219,6 +224,7 @@ def _module(name: str, text: str) -> tuple[str, str]:
 
 def _made(text: str, value: str) -> str | None:
     """The variable of a module that holds the application; None when there is none."""
-    names = re.findall(rf"^(\w+)(?:[ \t]*:[^=\n]+)?[ \t]*=[ \t]*{value}", text, re.MULTILINE)
+    # Nothing is tried twice: the text is a stranger's, and nobody else has a turn meanwhile.
+    names = re.findall(rf"^(\w++)[ \t]*+(?::[^=\n]++)?+=[ \t]*+{value}", text, re.MULTILINE)
     preferred = [name for name in ("app", "application") if name in names]
     return next(iter([*preferred, *names]), None)

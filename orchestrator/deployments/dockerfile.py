@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _DIRECTIVE = re.compile(r"#\s*([a-z][a-z0-9]*)\s*=\s*(\S+)\Z", re.IGNORECASE)
-_HEREDOC = re.compile(r"<<-?\s*([\"']?)([A-Za-z_][\w.]*)\1")
+# A word of its own, outside of quotes.
+_HEREDOC = re.compile(
+    r"""\\.|"(?:\\.|[^"\\])*+"|'[^']*+'|(?<!\S)\d*+<<-?(?P<quote>["']?)(?P<word>[A-Za-z_][\w.]*+)(?P=quote)(?!\S)"""
+)
 _FLAG = re.compile(r"\s*--([a-z][a-z-]*)(?:=(\S*))?(?=\s|\Z)")
 _VARIABLE = re.compile(r"\\(.)|\$(?:\{(\w+)(?:(:?[-+])([^}]*))?\}|(\w+))")
 # Of the name of an image, with room for variables: what is looked at takes time by the square of its length.
@@ -45,8 +48,10 @@ def parse(text: str) -> list[Instruction]:
         if not name:
             continue
         name = name.upper()
-        documents = _HEREDOC.findall(rest) if name in ("RUN", "COPY", "ADD") else []
-        for _, word in documents:
+        documents = [found["word"] for found in _HEREDOC.finditer(rest) if found["word"]]
+        if name not in ("RUN", "COPY", "ADD"):
+            documents = []
+        for word in documents:
             while at < len(lines) and lines[at].lstrip("\t").rstrip("\r") != word:
                 at += 1
             at += 1
@@ -116,7 +121,8 @@ def labelled(text: str, instructions: Sequence[Instruction], labels: Mapping[str
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
-    """With the values of variables in their places; those without one are empty, and so is what is no name."""
+    """With the values of variables in their places; those without one are empty, and so is what is no name, as it is
+    and as it becomes: each of twenty lines may double what the line before it has made."""
     if len(text) > _LONGEST:
         return ""
 
@@ -131,7 +137,8 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
             return expand(word, variables) if held else ""
         return held
 
-    return _VARIABLE.sub(value, text)
+    expanded = _VARIABLE.sub(value, text)
+    return expanded if len(expanded) <= _LONGEST else ""
 
 
 def _directives(lines: Sequence[str]) -> dict[str, str]:
@@ -165,7 +172,8 @@ def _logical(lines: Sequence[str], at: int, escape: str) -> tuple[str, int]:
 
 def _flags(rest: str) -> tuple[list[tuple[str, str]], str]:
     flags = []
-    while match := _FLAG.match(rest):
+    at = 0
+    while match := _FLAG.match(rest, at):
         flags.append((match[1], match[2] or ""))
-        rest = rest[match.end() :]
-    return flags, rest
+        at = match.end()
+    return flags, rest[at:]

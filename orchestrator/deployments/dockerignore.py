@@ -12,10 +12,13 @@ import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 # Lines of a file that count, and characters of one; what is more is refused.
 _MOST_PATTERNS = 1000
 _LONGEST_PATTERN = 1024
+# What one pattern may stand for, each way to read its `**` being one.
+_MOST_ALTERNATIVES = 64
 # Any number of directories, none included.
 _ANY_DIRECTORIES = None
 _Name = re.Pattern[str]
@@ -109,9 +112,10 @@ def _spread(names: list[str]) -> list[list[str]]:
             # At the end it stands for all that is in the directory, which itself is not meant.
             variants = [["**", "*"] if place == len(names) - 1 else ["**"]]
         else:
-            variants = list(_inside(re.sub(r"\*{2,}", "**", name)))
+            # They double with each `**`.
+            variants = list(islice(_inside(re.sub(r"\*{2,}", "**", name)), _MOST_ALTERNATIVES + 1))
         spread = [before + variant for before in spread for variant in variants]
-        if len(spread) > 64:
+        if len(spread) > _MOST_ALTERNATIVES:
             raise ValueError(name)
     return spread
 

@@ -143,7 +143,8 @@ def _built(project: NodeProject, *, prune: bool) -> str:
 def requirements(text: str) -> str:
     """Instructions that install what `requirements.txt` names."""
     # What is named by a path must be there.
-    local = re.search(r"(?m)^\s*(?:-e\b|--editable\b|\.|file:|(?:-r|-c|--requirement|--constraint)[ =]*\S*/)", text)
+    named = r"(?:-r|-c|--requirement|--constraint)[ =]*+[^\s/]*+/"
+    local = re.search(rf"(?m)^[ \t]*+(?:-e\b|--editable\b|\.|file:|{named})", text)
     return f"COPY {'.' if local else 'requirements*.txt constraints*.tx[t]'} ./\nRUN pip install -r requirements.txt"
 
 

@@ -283,5 +283,7 @@ def test_no_pattern_takes_long() -> None:
         parsed = dockerignore.parse(pattern)
         assert not parsed.matches(path)
         assert not parsed.matches(name)
+    with pytest.raises(dockerignore.BadPattern):
+        dockerignore.parse("a**" * 300)
     # To go back would take longer than the universe has existed; this takes a tenth of a second.
     assert time.process_time() - begun < 30

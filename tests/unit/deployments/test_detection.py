@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -240,6 +242,26 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text("[]")
     reason, told = refused(tmp_path, {"pyproject.toml": "[", "main.py": ""})
     assert (reason, told.startswith("The repository's pyproject.toml is no TOML: ")) == ("InvalidProject", True)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"Procfile": "web: a" + " " * (1 << 20) + "b"},
+        {"requirements.txt": "\n" * (1 << 20) + "x", "main.py": ""},
+        {"requirements.txt": "-r" + "=" * (1 << 20), "main.py": ""},
+        {"wsgi.py": ("a:" + " " * (1 << 20) + "\n") * 2 + "a" * (1 << 20)},
+        {"pyproject.toml": "a." * (100 << 10) + "a=1", "main.py": ""},
+    ],
+    ids=["procfile", "lines", "options", "module", "key"],
+)
+def test_a_hostile_project_takes_no_time(tmp_path: Path, files: Files) -> None:
+    kept = {} if "pyproject.toml" in files else {"requirements.txt": "x"}
+    began = time.process_time()
+    with contextlib.suppress(StepFailed):
+        found(tmp_path, {**kept, **files})
+    # To try everything would take hours, in which nobody else has a turn.
+    assert time.process_time() - began < 20
 
 
 def test_an_operator_says_what_they_are_built_on(tmp_path: Path) -> None:

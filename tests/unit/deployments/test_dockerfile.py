@@ -38,6 +38,8 @@ def test_another_escape_character_may_be_set() -> None:
         ("ARG TARGETARCH", "ARG TARGETARCH"),
         ("COPY --chown=1:1 --from=x a b", None),
         ("RUN echo --mount $((1<<4)) && cat <file", None),
+        ("RUN bash -c 'grep x <<< y' && echo $((1 << n)) \"<<EOF\" <<<z", None),
+        ("RUN 3<<-EOF cat\nEOF", "RUN <<"),
         ("ARG TARGET", None),
     ],
 )
@@ -78,7 +80,18 @@ def test_labels_come_into_each_stage_and_lines_are_counted() -> None:
 
 def test_a_hostile_dockerfile_takes_no_time() -> None:
     size = 1 << 18
-    for piece in ("FROM a\n", "${a-", "# a=" + " " * 50, "<<'a ", "FROM ${a:-", "RUN \\\n", "ARG a=${b-\n", "\t \r"):
+    for piece in (
+        "FROM a\n",
+        "${a-",
+        "# a=" + " " * 50,
+        "<<'a ",
+        "FROM ${a:-",
+        "RUN \\\n",
+        "ARG a=${b-\n",
+        "\t \r",
+        "--a ",
+        "ARG a=$a$a\n",
+    ):
         text = f"# x={' ' * 1000}y z\nARG a={piece * (size // len(piece))}\n{piece * (size // len(piece))}"
         began = time.process_time()
         found = parse(text)
@@ -86,3 +99,10 @@ def test_a_hostile_dockerfile_takes_no_time() -> None:
         images(found, {})
         labelled(text, found, {"a": "b"})
         assert time.process_time() - began < 20
+
+
+def test_lines_that_double_what_is_before_them_fill_no_memory() -> None:
+    text = "ARG A0=xx\n" + "".join(f"ARG A{n + 1}=$A{n}$A{n}\n" for n in range(200))
+    assert images(parse(f"{text}FROM b$A200\nFROM c$A1"), {}) == ["b", "cxxxx"]
+    flags = parse("RUN " + "--a " * 200_000)
+    assert len(flags[0].flags) == 200_000
