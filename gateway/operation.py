@@ -360,8 +360,8 @@ def answer(
     return response
 
 
-def text(body: bytes) -> web.Response:
-    """An answer of plain text in UTF-8, that no cache keeps either."""
+def text(body: bytes | AsyncIterator[bytes]) -> web.Response:
+    """An answer of plain text in UTF-8, that no cache keeps either; in parts, each made when the one before is sent."""
     return web.Response(body=body, content_type="text/plain", charset="utf-8", headers={"Cache-Control": "no-store"})
 
 

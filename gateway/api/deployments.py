@@ -17,7 +17,7 @@ from gateway.fields import MAX_ID, FlagInQuery, Matches, PageQuery, Text, WholeI
 from gateway.operation import Call, Database, PathKind, answer, operation, page, text
 from gateway.realtime import admission, build_log
 from gateway.repository import check_branch
-from orchestrator.deployments import log_reading, queue, record
+from orchestrator.deployments import queue, record
 from orchestrator.deployments.contract import Status, Step
 
 _APP = {"app_id": PathKind.ID}
@@ -236,8 +236,7 @@ async def logs(call: Call) -> web.StreamResponse:
         deployment = await _permitted(call, Action.DEPLOYMENT_READ)
         return await build_log.follow(request, grant, generation, deployment.id, query["after"])
     deployment = await _permitted(call, Action.DEPLOYMENT_READ)
-    part = await log_reading.read(call.connection, deployment.id, query["after"])
-    return text(part.text if part else b"")
+    return text(build_log.parts(call.context, deployment.id, query["after"]))
 
 
 async def _made(call: Call, action: str, deployment: record.Deployment) -> web.Response:

@@ -7,6 +7,7 @@ whole one.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -14,6 +15,8 @@ from typing import ClassVar
 from aiohttp import web
 
 from auth.tokens import ShortGrant
+from gateway.context import Context
+from gateway.operation import lease
 from gateway.realtime import following
 from gateway.realtime.following import Progress
 from gateway.realtime.protocol import CloseCode
@@ -52,6 +55,19 @@ class Follower(following.Follower):
     def say_end(self, code: int, reason: str) -> bool:
         """By the mark of the end alone."""
         return code == CloseCode.NORMAL
+
+
+async def parts(context: Context, deployment_id: int, after: int) -> AsyncIterator[bytes]:
+    """What there is of the log, from the byte `after` on; without a database connection while the client reads."""
+    more = True
+    while more:
+        async with lease(context) as sql:
+            found = await log_reading.read(sql, deployment_id, after, _BATCH)
+        if found is None:
+            return
+        yield found.text
+        after += len(found.text)
+        more = found.more
 
 
 async def follow(

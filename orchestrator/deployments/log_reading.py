@@ -16,7 +16,7 @@ class LogPart:
     finished: bool
 
 
-async def read(connection: Connection, deployment_id: int, after: int = 0, pieces: int | None = None) -> LogPart | None:
+async def read(connection: Connection, deployment_id: int, after: int, pieces: int) -> LogPart | None:
     """The log from its byte `after` on, of so many pieces at most; None when there is no such deployment.
 
     Bytes are those of what is kept, so that `after` may be anywhere, inside a character too.
@@ -32,7 +32,7 @@ async def read(connection: Connection, deployment_id: int, after: int = 0, piece
             WHERE d.id = $1 ORDER BY l.position""",
         deployment_id,
         after,
-        None if pieces is None else pieces + 1,
+        pieces + 1,
     )
     if not rows:
         return None

@@ -161,6 +161,7 @@ async def test_a_long_log_is_read_in_parts(stage: Stage) -> None:
     await stage.finish()
     async with stage.follow("after=5") as answer:
         assert await rest(answer) == (bytes(stage.written[5:]), True)
+    assert await stage.read("after=5") == bytes(stage.written[5:])
 
 
 async def test_who_is_cut_off_can_tell_and_goes_on_where_it_was(stage: Stage) -> None:
@@ -219,6 +220,15 @@ async def test_what_a_slow_client_does_not_read_is_not_read_for_it(serve: Serve)
         assert follower.after < len(stage.written)
         assert follower.transport.get_write_buffer_size() < (build_log._BATCH + 2) * (33 << 10) + (64 << 10)
         await stage.finish()
+        assert await rest(answer) == (bytes(stage.written[1:]), True)
+
+
+async def test_a_long_log_is_not_held_in_memory_for_who_reads_it_slowly(stage: Stage) -> None:
+    # More than the sockets hold: what is stored after the first byte was read can only be there if the rest was not.
+    await stage.store(*("." * (32 << 10) for _ in range(600)))
+    async with stage.api.client.get(stage.path, headers={"Authorization": f"Bearer {stage.ann.token}"}) as answer:
+        await until(answer, 1)
+        await stage.store("the last\n")
         assert await rest(answer) == (bytes(stage.written[1:]), True)
 
 
