@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hmac
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from orchestrator.eventlog import outbox
 from orchestrator.eventlog.contract import EventLog
 from orchestrator.metrics import gauge
 from orchestrator.run import Orchestrator
-from orchestrator.settings import ProbeSettings
+from orchestrator.settings import ProbeSettings, may_read_metrics
 
 log = structlog.get_logger("probes")
 
@@ -105,7 +104,7 @@ class Probes:
         log.error("loops hang", loops=stalled)
         return _json({"status": "stalled", "loops": stalled}, 503)
 
-    async def _ready(self, _: web.Request) -> web.Response:
+    async def _ready(self, request: web.Request) -> web.Response:
         """503 while the database is away, and before and after it works.
 
         An event log that is away is told ("degraded") with 200: sessions come and go without it, and their events wait
@@ -121,6 +120,10 @@ class Probes:
         if self.orchestrator is not None and self.orchestrator.deployer is not None:
             document["apps"] = asdict(_engine(self.orchestrator.deployer.worker))
         told = {name: asdict(provider) for name, provider in providers.items()}
+        if not self._trusts(request):
+            # They may name hosts.
+            for part in (document["log"], document.get("apps", {}), *told.values()):
+                part["message"] = ""
         return _json({"status": status, **document, "providers": told}, 200 if serves else 503)
 
     async def _database(self) -> tuple[_Part, dict[str, _Provider]]:
@@ -150,11 +153,7 @@ class Probes:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         """Prometheus' text format. Asks for METRICS_TOKEN when that is set."""
-        expected = self._settings.metrics_token
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if expected and not (
-            scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), expected.encode())
-        ):
+        if not self._trusts(request):
             problem = {
                 "type": "about:blank",
                 "title": "Unauthorized",
@@ -171,6 +170,9 @@ class Probes:
             body=generate_latest(registry),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Cache-Control": "no-store"},
         )
+
+    def _trusts(self, request: web.Request) -> bool:
+        return may_read_metrics(request.headers.get("Authorization", ""), self._settings.metrics_token)
 
     async def _shared(self) -> _Shared:
         """What the database says of all orchestrators: every one of them says it alike."""

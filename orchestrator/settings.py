@@ -7,6 +7,7 @@ the documentation and `.env.example`, so the three cannot drift apart (`tests/un
 from __future__ import annotations
 
 import dataclasses
+import hmac
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -107,7 +108,19 @@ def repo_schemes() -> Any:
 
 def metrics_token() -> Any:
     """A field of whoever serves `/metrics`."""
-    return variable("METRICS_TOKEN", "str", "", help="Bearer token that /metrics asks for; empty: none.", secret=True)
+    return variable(
+        "METRICS_TOKEN",
+        "str",
+        "",
+        help="Bearer token that /metrics asks for, and /ready before it says why something is down; empty: none.",
+        secret=True,
+    )
+
+
+def may_read_metrics(authorization: str, token: str) -> bool:
+    """Whether who sends this `Authorization` knows the METRICS_TOKEN; anybody may when there is none."""
+    scheme, _, given = authorization.encode(errors="surrogateescape").partition(b" ")
+    return not token or (scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), token.encode()))
 
 
 @dataclass(frozen=True, slots=True)

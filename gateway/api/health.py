@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from typing import Any
 
 from aiohttp import web
@@ -13,11 +12,12 @@ from auth.errors import Unauthenticated
 from gateway.context import CONTEXT, Context
 from gateway.fields import moment
 from gateway.metrics import METRICS
-from gateway.operation import Call, Database, answer, bearer, lease, operation
+from gateway.operation import Call, Database, answer, lease, operation
 from gateway.siblings import SIBLINGS
 from orchestrator import machines
 from orchestrator.database import UNAVAILABLE
 from orchestrator.errors import LogUnavailable
+from orchestrator.settings import may_read_metrics
 
 # Seconds that a part may take to answer: probes give up after a few.
 _DEADLINE = 2.0
@@ -70,11 +70,17 @@ async def health(call: Call) -> web.Response:
 async def ready(call: Call) -> web.Response:
     """503 while the database is away, until the feed has caught up with the event log, or while it drains.
 
+    What is told of the event log and of providers is for those who show METRICS_TOKEN, when that is set.
+
     An event log that goes away later is told ("degraded") with 200. All replicas lose it at once, and taking them all
     out of service would end what works without it: REST, whose events wait in the outbox, and the open connections.
     """
     context = call.context
     (database, providers), log = await asyncio.gather(_database(context), _log(context))
+    if not may_read_metrics(call.request.headers.get("Authorization", ""), context.settings.metrics_token):
+        # They may name hosts.
+        for part in (log, *providers.values()):
+            part["message"] = ""
     feed = _part("ready") if context.feed.ready else _part("down", "It has not caught up with the event log.")
     status = _status(context, *(part["state"] == "ready" for part in (database, log, feed)))
     return answer(
@@ -123,8 +129,7 @@ async def _log(context: Context) -> dict[str, str]:
 
 async def metrics(request: web.Request) -> web.Response:
     """Prometheus' text format. Asks for METRICS_TOKEN when that is set. Of all workers, where they share the port."""
-    expected = request.app[CONTEXT].settings.metrics_token
-    if expected and not hmac.compare_digest(bearer(request).encode(), expected.encode()):
+    if not may_read_metrics(request.headers.get("Authorization", ""), request.app[CONTEXT].settings.metrics_token):
         raise Unauthenticated("/metrics takes the bearer token of METRICS_TOKEN.")
     return web.Response(
         body=await request.app.get(SIBLINGS, request.app[METRICS]).render(),

@@ -30,6 +30,18 @@ async def test_readiness_names_every_part(api: Api) -> None:
     }
 
 
+async def test_why_something_is_down_is_told_to_who_may_know(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = await serve(metrics_token="scrape")
+    await api.fetch("INSERT INTO providers (name, kind, state, message) VALUES ('a', 'docker', 'down', 'db.internal')")
+    monkeypatch.setattr(type(api.context.log), "check", AsyncMock(side_effect=LogUnavailable("mq.internal is away.")))
+    for who in (None, "wrong", "wr\u00f6ng"):
+        answer = await api.call("GET", "/ready", who)
+        assert (answer.status, answer.json["providers"]["a"]["state"]) == (200, "down")
+        assert b"internal" not in answer.body
+    told = (await api.call("GET", "/ready", "scrape")).json
+    assert (told["log"]["message"], told["providers"]["a"]["message"]) == ("mq.internal is away.", "db.internal")
+
+
 async def test_a_log_that_goes_away_later_takes_no_gateway_out_of_service(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:

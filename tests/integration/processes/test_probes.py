@@ -208,6 +208,9 @@ async def test_metrics_are_for_who_has_the_token() -> None:
             async with http.get("/metrics", headers={"Authorization": given} if given else {}) as answer:
                 assert answer.status == status, given
                 assert "sesame" not in await answer.text()
+            # So is what may name a host.
+            async with http.get("/ready", headers={"Authorization": given} if given else {}) as answer:
+                assert bool((await answer.json())["log"]["message"]) == (status == 200), given
 
 
 async def test_a_port_in_use_is_told() -> None:
