@@ -1,11 +1,11 @@
-"""`import-machine-configs` and `provider add | list | remove | test`."""
+"""`import-machine-configs`, `provider add | list | remove | test` and `machine-config list | remove`."""
 
 from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from marshmallow import ValidationError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from orchestrator.providers.contract import Provider
 
+Row = TypeVar("Row", machines.ProviderRow, machines.MachineConfig)
 # Seconds that a provider gets to answer `test`, and to close.
 TEST_DEADLINE = 30.0
 # Seconds for which what an orchestrator has found is believed: it writes it down every minute.
@@ -68,9 +69,23 @@ async def providers(env: Env) -> list[machines.ProviderRow]:
 async def remove(env: Env, name: str) -> None:
     """Remove a provider that nothing uses. Raises NotFound, InUse."""
     async with target.connection(env) as connection, connection.transaction():
-        row = await _named(connection, name)
+        row = _named(await machines.providers(connection), name, "provider")
         await machine_changes.remove_provider(connection, row.id)
         await audit.record(connection, None, "provider.remove", f"provider:{name}")
+
+
+async def machine_configs(env: Env) -> list[machines.MachineConfig]:
+    """All of them, by name."""
+    async with target.connection(env) as connection:
+        return await machines.machine_configs(connection)
+
+
+async def remove_machine_config(env: Env, name: str) -> None:
+    """Remove a machine config that no session has. Raises NotFound, InUse."""
+    async with target.connection(env) as connection, connection.transaction():
+        row = _named(await machines.machine_configs(connection), name, "machine config")
+        await machine_changes.remove_machine_config(connection, row.id)
+        await audit.record(connection, None, "machine-config.remove", f"machine-config:{name}")
 
 
 async def test(env: Env, name: str) -> str:
@@ -81,7 +96,7 @@ async def test(env: Env, name: str) -> str:
     """
     # For as long as it is held.
     async with target.connection(env) as connection:
-        row = await _named(connection, name)
+        row = _named(await machines.providers(connection), name, "provider")
         if row.kind in IN_PROCESS and not await holds.take(connection, row.id):
             return _as_found(row)
         provider = await _opened(env, row)
@@ -121,12 +136,11 @@ def _as_found(row: machines.ProviderRow) -> str:
     return f"as the orchestrator that runs it found {age.total_seconds():.0f} seconds ago"
 
 
-async def _named(connection: Any, name: str) -> machines.ProviderRow:
-    rows = await machines.providers(connection)
+def _named(rows: Sequence[Row], name: str, what: str) -> Row:
     for row in rows:
         if row.name == name:
             return row
-    raise NotFound(f"There is no provider {name!r}; there are: {', '.join(row.name for row in rows) or 'none'}.")
+    raise NotFound(f"There is no {what} {name!r}; there are: {', '.join(row.name for row in rows) or 'none'}.")
 
 
 def options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -360,6 +360,37 @@ def provider_test(name: str) -> None:
     click.echo(f"provider {name}: {_run(machines.test, name)}")
 
 
+@cli.group("machine-config")
+def machine_config() -> None:
+    """The sizes of sessions."""
+
+
+@machine_config.command("list")
+def machine_config_list() -> None:
+    """List the machine configs, and for whom they are."""
+    from rich.table import Table
+
+    from scripts import machines
+
+    table = Table("Name", "Provider", "Default", "Cores", "MiB", "Users", "Workspaces", "Sessions", highlight=False)
+    for row in _run(machines.machine_configs):
+        cores = "" if row.cpu is None else f"{row.cpu:g}"
+        size = "" if row.memory_bytes is None else str(row.memory_bytes >> 20)
+        few = (" ".join(map(str, ids)) for ids in (row.users, row.workspaces))
+        table.add_row(row.name, row.provider, _yes(row.is_default), cores, size, *few, str(row.max_sessions or ""))
+    _print_table(table)
+
+
+@machine_config.command("remove")
+@click.argument("name")
+def machine_config_remove(name: str) -> None:
+    """Remove a machine config that no session has."""
+    from scripts import machines
+
+    _run(machines.remove_machine_config, name)
+    click.echo(f"machine config {name}: removed")
+
+
 @cli.group()
 def user() -> None:
     """The accounts."""

@@ -123,6 +123,18 @@ def test_what_is_in_use_is_not_removed_and_its_users_are_named(run: Run, fetch: 
         "cluster-code: The provider 'here' is in use by the machine config small and by the session 1 (project site, "
         "pending): remove or delete these first.\n"
     )
+    code, output, errors = run("machine-config", "remove", "small")
+    assert (code, output) == (1, "")
+    assert errors == (
+        "cluster-code: The machine config 'small' is in use by the session 1 (project site, pending): remove or delete "
+        "these first.\n"
+    )
+    fetch("UPDATE sessions SET status = 'deleted' RETURNING id")
+    assert "small" in run("machine-config", "list")[1]
+    assert run("machine-config", "remove", "small")[:2] == (0, "machine config small: removed\n")
+    code, _, errors = run("machine-config", "remove", "small")
+    assert (code, errors) == (1, "cluster-code: There is no machine config 'small'; there are: none.\n")
+    assert fetch("SELECT action FROM audit_log ORDER BY id DESC LIMIT 1") == [("machine-config.remove",)]
 
 
 def test_a_local_provider_is_tried(run: Run, tmp_path: Path) -> None:
