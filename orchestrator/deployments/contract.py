@@ -18,7 +18,11 @@ from orchestrator.errors import ClusterCodeError
 
 
 class Status(StrEnum):
-    """Where a deployment is. The last four are final; `live` becomes `retired` when a newer one is live."""
+    """Where a deployment is. The last four are final.
+
+    `live` becomes `retired` when a newer one is live, and `failed` when it does not stay up while the one before serves
+    still: that is `live` again.
+    """
 
     QUEUED = "queued"
     DEPLOYING = "deploying"
@@ -39,6 +43,10 @@ class Step(StrEnum):
     SWAP = "swap"
     DRAIN = "drain"
     CLEAN = "clean"
+
+
+# The reason of a step after `swap`: the new one does not stay up, and those before it serve still.
+UNSTEADY = "Unsteady"
 
 
 class StepFailed(ClusterCodeError):

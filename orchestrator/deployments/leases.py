@@ -199,6 +199,18 @@ async def retire_others(connection: Connection, deployment: Deployment) -> None:
         )
 
 
+async def reinstate(connection: Connection, deployment: Deployment) -> None:
+    """Let the one before `deployment`, which the caller's transaction has made fail, be live again: it serves still."""
+    row = await connection.fetchrow(
+        f"SELECT {COLUMNS} FROM deployments "  # noqa: S608  Our own column names.
+        "WHERE app_id = $1 AND status = 'retired' AND id < $2 ORDER BY id DESC LIMIT 1 FOR NO KEY UPDATE",
+        deployment.app_id,
+        deployment.id,
+    )
+    if row is not None:
+        await record.write(connection, Deployment(*row), status=Status.LIVE, reason="", message="")
+
+
 async def forget_images(connection: Connection, deployment: Deployment, there: Collection[str]) -> None:
     """Say of the app's other deployments that their images are gone, but for those that are `there`, by id."""
     async with connection.transaction():

@@ -88,6 +88,12 @@ class Masker:
         yield start, stop
 
 
+def masked(text: str, secrets: Iterable[str]) -> str:
+    """All of a text, its secrets masked."""
+    masker = Masker(secrets)
+    return masker.feed(text) + masker.end()
+
+
 def credentials(repo_url: str) -> list[str]:
     """What in a repository's URL must not be seen: the password, a token in its place, the values of the query."""
     try:

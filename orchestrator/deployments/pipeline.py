@@ -16,7 +16,17 @@ import structlog
 
 from orchestrator.database import UNAVAILABLE, Connection, Pool, backoff
 from orchestrator.deployments import directories, leases, masking, record
-from orchestrator.deployments.contract import AppSecrets, AppSettings, Image, Source, Status, Step, StepFailed, Task
+from orchestrator.deployments.contract import (
+    UNSTEADY,
+    AppSecrets,
+    AppSettings,
+    Image,
+    Source,
+    Status,
+    Step,
+    StepFailed,
+    Task,
+)
 from orchestrator.deployments.leases import LeaseLost
 from orchestrator.deployments.logs import DeploymentLog
 from orchestrator.deployments.record import After, Deployment
@@ -62,10 +72,10 @@ class Steps(Protocol):
         """Return when it serves, beside the one before. Raises StepFailed."""
 
     async def drain(self, task: Task) -> None:
-        """Have those before serve no more. Raises StepFailed."""
+        """Have those before serve no more. Raises StepFailed, with UNSTEADY where they serve on instead."""
 
     async def clean(self, task: Task) -> None:
-        """Remove those before, and images that are not kept. Raises StepFailed."""
+        """Remove those before, and images that are not kept. Raises StepFailed, as `drain` does."""
 
     async def image_ids(self, app_id: int) -> set[str]:
         """The ids of those that the engine has of an app."""
@@ -112,6 +122,7 @@ class Pipeline:
         self._on_stored = on_stored
         self._directory = directories.of_claim(settings.directory, deployment.id, self.owner)
         self._opened: tuple[Task, DeploymentLog] | None = None
+        self._secrets: list[str] = []
         # Why it cannot even begin.
         self._unfit: StepFailed | None = None
         self._writer: asyncio.Task[None] | None = None
@@ -123,19 +134,19 @@ class Pipeline:
         """Carry it out, or record why that cannot be. Raises LeaseLost, CancelRequested."""
         task, _ = await self._open()
         worn_out = self.deployment.attempts > MAX_DEATHS
-        if self.deployment.status != Status.LIVE:
-            try:
+        try:
+            if self.deployment.status != Status.LIVE:
                 if self._unfit is not None:
                     raise self._unfit
                 if worn_out:
                     raise StepFailed("WorkerDied", _worn_out(self.deployment.step))
                 await self._bring_to_life(task)
-            except StepFailed as error:
-                await self._fail(task, error)
-                return
-        if not worn_out:
-            await self._tidy(task)
-        await self._finish(Status.LIVE)
+            if not worn_out:
+                await self._tidy(task)
+        except StepFailed as error:
+            await self._fail(task, error)
+        else:
+            await self._finish(Status.LIVE)
 
     async def cancel(self) -> None:
         """End it, and remove what it has made. Raises LeaseLost."""
@@ -202,11 +213,13 @@ class Pipeline:
         )
 
     async def _tidy(self, task: Task) -> None:
-        """It serves. What cannot be tidied up now is the sweep's."""
+        """It serves. What cannot be tidied up now is the sweep's. Raises StepFailed where it does not stay up."""
         for step, work in ((Step.DRAIN, self._steps.drain), (Step.CLEAN, self._steps.clean)):
             try:
                 await self._step(step, lambda work=work: work(task))  # type: ignore[misc]
             except StepFailed as error:
+                if error.reason == UNSTEADY:
+                    raise
                 log.warning("not tidied up", deployment=task.deployment_id, step=step.value, error=str(error))
         try:
             there = await self._steps.image_ids(task.app_id)
@@ -299,6 +312,10 @@ class Pipeline:
 
     async def _write(self, **changes: Any) -> None:
         """Record and tell changes as soon as the database takes them. Raises LeaseLost, CancelRequested."""
+        # They quote what builds, apps and repositories say.
+        for text in ("message", "commit_message"):
+            if changes.get(text):
+                changes[text] = masking.masked(changes[text], self._secrets)
         await self._stubbornly(lambda connection: self._write_once(connection, changes), last="finished_at" in changes)
 
     async def _write_once(self, connection: Connection, changes: dict[str, Any]) -> None:
@@ -309,6 +326,8 @@ class Pipeline:
             if changes.get("status") == Status.LIVE and before.status != Status.LIVE:
                 await leases.retire_others(connection, before)
             written = await record.write(connection, before, **changes)
+            if before.status == Status.LIVE and written.status == Status.FAILED:
+                await leases.reinstate(connection, written)
             if "finished_at" in changes:
                 # The next one of the app can begin.
                 await connection.execute("NOTIFY deployments")
@@ -355,12 +374,13 @@ class Pipeline:
         except SecretsUnreadable as error:
             self._unfit = StepFailed("SecretsUnreadable", str(error))
             app, secrets = AppSettings(), AppSecrets()
+        self._secrets = [*secrets.values(), *masking.credentials(deployment.repo_url)]
         lines = DeploymentLog(
             self._pool,
             deployment_id=deployment.id,
             app_id=deployment.app_id,
             owner=self.owner,
-            secrets=[*secrets.values(), *masking.credentials(deployment.repo_url)],
+            secrets=self._secrets,
             limit=self._settings.log_bytes,
             on_stored=self._on_stored,
         )

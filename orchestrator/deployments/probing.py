@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+import re
+from contextlib import aclosing, asynccontextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import structlog
 from yarl import URL
 
-from orchestrator.deployments import labels
+from orchestrator.deployments import labels, masking
 from orchestrator.deployments.contract import StepFailed, Task
 from orchestrator.docker.engine import Engine
 from orchestrator.errors import EngineRefused, ProviderUnavailable
+from orchestrator.providers.symptoms import plain
 from orchestrator.settings import DeploySettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+log = structlog.get_logger("deployments")
 
 # Seconds: for one answer; for one connection; between two attempts, at first and at most.
 _ANSWER = 5.0
@@ -25,6 +30,10 @@ _CONNECT = 2.0
 _FIRST, _LONGEST = 0.05, 1.0
 # Seconds that the last output of a container gets to arrive.
 _LAST_WORDS = 2.0
+# Lines among which one that is not blank is looked for, and characters of it that are looked at.
+_LAST_LINES = 10
+_LONGEST_LINE = 4096
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 # Where servers listen that were told no port.
 _USUAL_PORTS = (80, 3000, 3001, 4000, 4200, 5000, 5173, 8000, 8080, 8081, 8443, 8888, 9000)
 _REFUSED = "refused"
@@ -58,7 +67,7 @@ async def _until_healthy(
             while True:
                 found = await _inspect(engine, container)
                 if not found["State"]["Running"] or found["RestartCount"]:
-                    raise ended(found)
+                    raise await ended(engine, task, found)
                 address = _address(found, settings.network)
                 answer = await _attempt(session, address, task, settings)
                 if not answer:
@@ -71,8 +80,8 @@ async def _until_healthy(
     raise await _unhealthy(engine, task, container, address, answer, settings)
 
 
-def ended(found: dict[str, Any]) -> StepFailed:
-    """Why a container that should run does not, by what the engine says of it."""
+async def ended(engine: Engine, task: Task, found: dict[str, Any]) -> StepFailed:
+    """Why a container that should run does not, by what the engine says of it, and by what it said last itself."""
     state = found["State"]
     if state.get("OOMKilled"):
         limit = found["HostConfig"].get("Memory") or 0
@@ -82,9 +91,23 @@ def ended(found: dict[str, Any]) -> StepFailed:
         )
     ran = _seconds_between(state.get("StartedAt"), state.get("FinishedAt"))
     after = "" if ran is None else f" after {ran:.1f} seconds"
-    return StepFailed(
-        "Crashed", f"The app ended{after} with exit code {state['ExitCode']}: its last output in the log may say why."
-    )
+    last = await _last_line(engine, task, found["Id"])
+    said = f"; its last line: {last}." if last else ", and said nothing."
+    return StepFailed("Crashed", f"The app ended{after} with exit code {state['ExitCode']}{said}")
+
+
+async def _last_line(engine: Engine, task: Task, container: str) -> str:
+    """What an app said last that is not blank, fit for a sentence; "" where nothing can be had."""
+    last = ""
+    try:
+        async with asyncio.timeout(_LAST_WORDS), aclosing(engine.logs(container, tail=_LAST_LINES)) as lines:
+            async for _, _, line in lines:
+                last = line if line.strip() else last
+    except (ProviderUnavailable, EngineRefused, TimeoutError) as error:
+        log.debug("no last line", container=container, error=str(error) or type(error).__name__)
+    # Masked as a whole: of a secret that is cut something would be left.
+    shown = masking.masked(last[:_LONGEST_LINE], task.secrets.values())
+    return plain(_ANSI.sub("", shown))
 
 
 async def _inspect(engine: Engine, container: str) -> dict[str, Any]:

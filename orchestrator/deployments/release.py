@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.deployments import container as containers
 from orchestrator.deployments import gate, labels, probing
-from orchestrator.deployments.contract import Image, StepFailed, Task
+from orchestrator.deployments.contract import UNSTEADY, Image, StepFailed, Task
 from orchestrator.docker import labels as marks
 from orchestrator.docker.engine import Engine
 from orchestrator.errors import EngineRefused
@@ -125,7 +125,9 @@ async def swap(engine: Engine, task: Task, container: str, settings: DeploySetti
         ) from None
     found = await engine.containers.inspect(container)
     if not gate.is_open(found):
-        raise probing.ended(found) if found else StepFailed("ContainerGone", "Somebody removed the container.")
+        if found is None:
+            raise StepFailed("ContainerGone", "Somebody removed the container.")
+        raise await probing.ended(engine, task, found)
     task.say(f"{labels.url(task.app_name, settings)} is served by the container {task.container}.\n")
 
 
@@ -133,13 +135,15 @@ async def drain(engine: Engine, task: Task, settings: DeploySettings) -> None:
     """Have Traefik send nothing more to the containers before, and give the requests that they have time to end.
 
     Not before the new one has run for some seconds. Raises StepFailed (`Unsteady`) where it does not stay up: then
-    those before go on serving beside it.
+    those before go on serving.
     """
-    before = [found["Id"] for found in await _before(engine, task, settings) if found["State"] == "running"]
+    before = [found for found in await _before(engine, task, settings) if found["State"] == "running"]
     if not before:
         return
-    await _steady(engine, task)
-    await _close(engine, before)
+    # Once they are closed, by a worker that was killed, there is no way back.
+    if await _serving(engine, before):
+        await _steady(engine, task)
+    await _close(engine, [found["Id"] for found in before])
     task.say(f"Giving the requests that are under way {settings.drain:g} seconds.\n")
     await asyncio.sleep(LETS_GO + settings.drain)
 
@@ -160,7 +164,7 @@ async def _steady(engine: Engine, task: Task) -> None:
 
 
 def _unsteady() -> StepFailed:
-    return StepFailed("Unsteady", "The new container does not stay up: the one before goes on serving beside it.")
+    return StepFailed(UNSTEADY, "The new container does not stay up: the one before goes on serving.")
 
 
 async def _close(engine: Engine, those: Sequence[str]) -> None:

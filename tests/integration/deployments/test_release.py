@@ -125,7 +125,12 @@ async def test_what_is_foreign_is_not_touched(site: Site) -> None:
 @pytest.mark.parametrize(
     ("script", "settings", "reason", "message"),
     [
-        ("echo one; sleep 1; exit 3", {}, "Crashed", r"^The app ended after [0-9.]+ seconds with exit code 3:"),
+        (
+            "echo one; printf '\\033[31mThe database hunter2-0123 cannot be found.\\033[0m\\n\\n'; exit 3",
+            {},
+            "Crashed",
+            r"^The app ended after [0-9.]+ seconds with exit code 3; its last line: The database \*\*\* cannot be .*\.$",
+        ),
         ("echo one; tail /dev/zero", {"memory_bytes": 16 << 20}, "OutOfMemory", r"limit of 16 MiB"),
         (f"echo one; PORT=3000; {SERVE}", {}, "WrongPort", r"listens on port 8080, but something does on 3000:"),
         ("echo one; sleep 99", {}, "NotHealthy", r"Nothing listens on port 8080 within 2 seconds: .* not only on 127"),
@@ -143,7 +148,7 @@ async def test_an_app_that_does_not_come_up_is_told_why(
     engine, deploy = site.owned.engine, replace(site.settings, probe_deadline=2.0)
     if reason in ("Crashed", "OutOfMemory"):
         deploy = site.settings
-    task = site.task(1, **settings)
+    task = site.task(1, AppSecrets(env={"PASSWORD": "hunter2-0123"}), **settings)
     container = await release.run(engine, task, await site.image(task, script), deploy)
     with pytest.raises(StepFailed, match=message) as failed:
         await release.probe(engine, task, container, deploy)
@@ -208,8 +213,8 @@ async def test_a_gate_works_for_users_without_rights(site: Site) -> None:
 async def test_what_serves_stays_while_the_new_one_does_not_stay_up(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(release, "STEADY", 2.0)
-    monkeypatch.setattr(release, "_UNSTEADY", 3.0)
+    monkeypatch.setattr(release, "STEADY", 1.0)
+    monkeypatch.setattr(release, "_UNSTEADY", 2.0)
     engine, settings = site.owned.engine, site.settings
     await site.deploy(site.task(1))
     task = site.task(2)

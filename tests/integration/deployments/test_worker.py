@@ -165,6 +165,32 @@ async def test_what_serves_does_not_fail_over_what_is_left_to_be_tidied_up(stage
     assert {s["name"]: s["status"] for s in live.steps}[step] == "failed"
 
 
+@pytest.mark.parametrize("step", ["drain", "clean"])
+async def test_what_does_not_stay_up_fails_and_the_one_before_is_live_again(stage: Stage, step: str) -> None:
+    app = await stage.place.app()
+    async with stage.running() as worker:
+        await stage.ended(await stage.place.enqueue(app), "live")
+        first = await stage.ended(await stage.place.enqueue(app), "live")
+        stage.engine.acts[step, 3] = fail(StepFailed("Unsteady", "It does not stay up."))
+        await stage.place.told()
+        second = await stage.ended(await stage.place.enqueue(app), "failed")
+        assert worker.ended == {"live": 2, "failed": 1}
+    assert (second.reason, second.message, second.image, second.step) == (
+        "Unsteady",
+        "It does not stay up.",
+        None,
+        step,
+    )
+    again = await stage.get(first)
+    assert (again.status, again.reason, again.message, again.finished_at) == ("live", "", "", first.finished_at)
+    assert f"shop-{second.id}" not in stage.engine.containers
+    told = await stage.place.told()
+    assert history(told, second)[-1] == f"failed {step}:failed"
+    statuses = [(data["number"], data["status"]) for _, channel, data in told
+                if channel.startswith("deployment:") and data.get("number") == 2]  # fmt: skip
+    assert statuses == [(2, "retired"), (2, "live")]
+
+
 async def test_a_rollback_runs_the_image_that_was_and_builds_none(stage: Stage) -> None:
     app = await stage.place.app()
     async with stage.running():
@@ -455,6 +481,17 @@ async def test_a_step_sees_the_secrets_and_nobody_else_does(stage: Stage) -> Non
     assert await stage.log(deployment) == "*** and ***\n"
     assert "hunter2" not in str(await stage.place.told())
     assert "hunter2" not in repr(stage.engine.tasks[1])
+
+
+async def test_what_is_quoted_of_strangers_is_told_without_secrets(stage: Stage) -> None:
+    app = await stage.place.app(secrets=AppSecrets(env={"PASSWORD": "hunter2", "SUBJECT": "Commit of 1"}))
+    stage.engine.acts["probe"] = fail(StepFailed("Crashed", "It ended: hunter2 is wrong."))
+    async with stage.running():
+        failed = await stage.ended(await stage.place.enqueue(app), "failed")
+    assert (failed.message, failed.commit_message) == ("It ended: *** is wrong.", "***")
+    told = str(await stage.place.told())
+    assert "hunter2" not in told
+    assert "Commit of 1" not in told
 
 
 async def test_secrets_that_no_key_opens_fail_the_deployment(stage: Stage) -> None:
