@@ -92,6 +92,9 @@ CREATE UNIQUE INDEX deployments_live_key ON deployments (app_id) WHERE status = 
 CREATE INDEX deployments_domains_idx ON deployments USING gin ((settings -> 'domains'))
     WHERE status IN ('queued', 'deploying', 'live');
 CREATE INDEX deployments_rollback_idx ON deployments (rollback_of) WHERE rollback_of IS NOT NULL;
+-- For who is deleted, and what: it is looked up here.
+CREATE INDEX deployments_workspace_idx ON deployments (workspace_id);
+CREATE INDEX deployments_user_idx ON deployments (user_id) WHERE user_id IS NOT NULL;
 
 -- The log of a deployment, in pieces that follow one another without gaps.
 CREATE TABLE deployment_logs (
@@ -114,6 +117,7 @@ CREATE TABLE hook_deliveries (
     PRIMARY KEY (app_id, delivery)
 );
 CREATE INDEX hook_deliveries_at_idx ON hook_deliveries (at);
+CREATE INDEX hook_deliveries_deployment_idx ON hook_deliveries (deployment_id);
 
 -- A hint for the workers: something is queued, to be cancelled or to be removed.
 CREATE FUNCTION notify_deployments() RETURNS trigger LANGUAGE plpgsql AS $$
