@@ -26,6 +26,7 @@ import migrations
 from auth import accounts, passwords
 from auth.errors import Taken
 from gateway import app as gateway
+from gateway.api.health import ENGINE
 from gateway.metrics import METRICS
 from gateway.ratelimit import Limits
 from gateway.settings import GatewaySettings, RealtimeSettings
@@ -133,6 +134,8 @@ async def _main(env: Env, settings: Settings) -> None:
             await stack.enter_async_context(_fitted(pool, settings.dev))
         app = gateway.build(edge, tokens, pool, events, database)
         app[METRICS].include(orchestrator.metrics)
+        if (deployer := orchestrator.deployer) is not None:
+            app[ENGINE] = lambda: deployer.worker.trouble
         port = await stack.enter_async_context(gateway.listening(app, settings.gateway))
         url = f"http://{_shown(settings.gateway.host)}:{port}"
         stack.enter_context(instance.announce(url, None if settings.database else database.url))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -21,6 +22,10 @@ from orchestrator.settings import may_read_metrics
 
 # Seconds that a part may take to answer: probes give up after a few.
 _DEADLINE = 2.0
+
+
+# In `cluster-code dev`: what keeps the Docker engine of the apps from answering; "": nothing, None: it was not asked.
+ENGINE: web.AppKey[Callable[[], str | None]] = web.AppKey("engine")
 
 
 class Health(Schema):
@@ -45,12 +50,17 @@ class ProviderPart(Schema):
 
 
 class Ready(Schema):
-    """Whether this gateway can serve, part by part. Providers are told, and do not count: others serve meanwhile."""
+    """Whether this gateway can serve, part by part.
+
+    Providers are told, and do not count: others serve meanwhile. So is the Docker engine of the apps, by a gateway that
+    shares its process with an orchestrator.
+    """
 
     status = fields.String(required=True, metadata={"description": "ready, degraded, down or draining"})
     database = fields.Nested(Part, required=True)
     log = fields.Nested(Part, required=True)
     feed = fields.Nested(Part, required=True)
+    apps = fields.Nested(Part)
     providers = fields.Dict(keys=fields.String(), values=fields.Nested(ProviderPart), required=True)
 
 
@@ -77,14 +87,16 @@ async def ready(call: Call) -> web.Response:
     """
     context = call.context
     (database, providers), log = await asyncio.gather(_database(context), _log(context))
+    ask = call.request.app.get(ENGINE)
+    apps = {} if ask is None else {"apps": _engine(ask())}
     if not may_read_metrics(call.request.headers.get("Authorization", ""), context.settings.metrics_token):
         # They may name hosts.
-        for part in (log, *providers.values()):
+        for part in (log, *apps.values(), *providers.values()):
             part["message"] = ""
     feed = _part("ready") if context.feed.ready else _part("down", "It has not caught up with the event log.")
     status = _status(context, *(part["state"] == "ready" for part in (database, log, feed)))
     return answer(
-        {"status": status, "database": database, "log": log, "feed": feed, "providers": providers},
+        {"status": status, "database": database, "log": log, "feed": feed, **apps, "providers": providers},
         200 if status in ("ready", "degraded") else 503,
     )
 
@@ -99,6 +111,12 @@ def _status(context: Context, database: bool, log: bool, feed: bool) -> str:
 
 def _part(state: str, message: str = "") -> dict[str, str]:
     return {"state": state, "message": message}
+
+
+def _engine(trouble: str | None) -> dict[str, str]:
+    if trouble is None:
+        return _part("down", "The Docker engine has not answered yet.")
+    return _part("down", trouble) if trouble else _part("ready")
 
 
 async def _database(context: Context) -> tuple[dict[str, str], dict[str, Any]]:

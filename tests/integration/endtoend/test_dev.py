@@ -86,6 +86,14 @@ async def test_its_metrics_are_also_the_orchestrators(server: Server, client: Cl
             async with client._http.get(f"{server.url}/metrics") as answer:
                 wanted -= set((await answer.text()).splitlines())
             await asyncio.sleep(0.05)
+        # So is the engine of the apps, which is away here, and does not count.
+        while True:
+            async with client._http.get(f"{server.url}/ready") as answer:
+                ready = await answer.json()
+            if "unix:///nowhere/docker.sock" in ready["apps"]["message"]:
+                break
+            await asyncio.sleep(0.05)
+        assert (ready["status"], ready["apps"]["state"]) == ("ready", "down")
 
 
 async def test_without_a_server_the_demonstration_says_how_to_start_one(idle: Server) -> None:

@@ -45,7 +45,8 @@ async def test_it_is_ready_once_it_works_and_tells_of_each_part(make: Make, pool
 
 
 async def test_a_provider_that_is_down_is_told_and_does_not_count(make: Make, pool) -> None:
-    await pool.execute("INSERT INTO providers (name, kind, options) VALUES ('away', 'devpod', '{}')")
+    options = {"binary": "/nowhere/devpod"}
+    await pool.execute("INSERT INTO providers (name, kind, options) VALUES ('away', 'devpod', $1)", options)
     worker = make("orchestrator")
     await worker.start()
 
@@ -55,7 +56,7 @@ async def test_a_provider_that_is_down_is_told_and_does_not_count(make: Make, po
     await worker.until_so(told)
     status, document = await ready(worker)
     assert (status, document["status"]) == (200, "ready")
-    assert "this version cannot run" in document["providers"]["away"]["message"]
+    assert "There is no program '/nowhere/devpod'" in document["providers"]["away"]["message"]
     assert document["providers"]["away"]["checked_at"]
     metrics = (await worker.get("/metrics"))[1]
     assert sample(metrics, 'cluster_code_provider_up{kind="devpod",provider="away"}') == 0
