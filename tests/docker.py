@@ -253,6 +253,10 @@ class Daemon:
         if self._process is not None:
             self._process.wait()
 
+    def terminate(self) -> None:
+        """Ask it to end, and what runs in containers with it."""
+        self._signal(signal.SIGTERM)
+
     def freeze(self) -> None:
         """It takes connections, and says nothing."""
         self._signal(signal.SIGSTOP)
@@ -264,7 +268,7 @@ class Daemon:
     async def close(self) -> None:
         """End it, and all that is left of it."""
         self.thaw()
-        self._signal(signal.SIGTERM)
+        self.terminate()
         if self._process is not None:
             try:
                 await asyncio.to_thread(self._process.wait, 20)

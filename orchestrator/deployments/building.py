@@ -52,10 +52,12 @@ _MESSAGE = 2000
 _STEP = re.compile(r"Step \d+/\d+ : (.*)", re.DOTALL)
 _RUNNING = re.compile(r" ---> Running in ([0-9a-f]{12,64})\n")
 _REMOVING = re.compile(r"Removing intermediate container [0-9a-f]+\n")
-_EXIT = re.compile(r"returned a non-zero code: (\d+)|exit code: (\d+)")
+# The last one: the command is told before it, and may have the same words.
+_EXIT = re.compile(r".*(?:returned a non-zero code|exit code): (\d+)", re.DOTALL)
 _KILLED = "137"
 _SYNTAX = re.compile(
-    r"dockerfile parse error|failed to parse Dockerfile|unknown instruction|no build stage", re.IGNORECASE
+    r"dockerfile parse error|failed to parse Dockerfile|unknown instruction|no build stage|invalid reference format",
+    re.IGNORECASE,
 )
 _FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
@@ -163,6 +165,8 @@ class _Build:
                 limits = {"memory": self._settings.build_memory, "memswap": self._settings.build_memory}
                 await self._drive("classic", {**limits, "cpushares": _CPU_SHARES, "rm": True, "forcerm": True})
         except EngineRefused as error:
+            # It ends its builds when it is stopped, which is no fault of theirs.
+            await self._engine.connection.stays()
             raise await self._failure(str(error)) from None
         built = await self._engine.images.inspect(self._task.tag)
         if built is None:
@@ -257,7 +261,8 @@ class _Build:
     async def _failure(self, message: str) -> StepFailed:
         for _ in range(3):
             message = _WRAPPING.sub("", message)
-        if _SYNTAX.search(message):
+        exited = _EXIT.match(message)
+        if exited is None and _SYNTAX.search(message):
             return StepFailed(
                 "InvalidDockerfile",
                 self._sentence(f"{self._recipe.dockerfile} cannot be built: {self._lines(message)}."),
@@ -272,10 +277,9 @@ class _Build:
         instruction = self._instruction or _WRAPPING.sub("", failed)
         instruction = " ".join(instruction.split())
         what = instruction if len(instruction) <= _INSTRUCTION else instruction[:_INSTRUCTION] + "…"
-        exited = _EXIT.search(message)
         if exited is None:
             return StepFailed("BuildFailed", self._sentence(f"{what or 'The build'} failed: {message}."))
-        code = exited[1] or exited[2]
+        code = exited[1]
         most = f"a build may use {self._settings.build_memory >> 20} MiB"
         if await self._ran_out_of_memory():
             return StepFailed("OutOfMemory", self._sentence(f"{what} ran out of memory: {most}."))

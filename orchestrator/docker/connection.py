@@ -22,6 +22,7 @@ import aiohttp
 from yarl import URL
 
 from orchestrator.errors import EngineRefused, ProviderUnavailable
+from orchestrator.tasks import to_the_end
 
 # The versions of the API that we know: what a newer engine has besides is not used, an older one can do too little.
 OLDEST, NEWEST = (1, 41), (1, 51)
@@ -29,6 +30,8 @@ _OLDEST_ENGINE = "20.10"
 
 # Seconds.
 _CONNECT_TIMEOUT = 10.0
+# Where systemd holds the socket, connections to an engine that is being started again wait.
+_STAYS = 2.0
 # So long a stream may be silent before the engine is asked whether it is there.
 _QUIET = 30.0
 # Where an engine of this machine listens, in the order of docker's own client.
@@ -41,6 +44,10 @@ _AWAY = re.compile(
 )
 
 Params = Mapping[str, Any]
+
+
+class Silent(ProviderUnavailable):
+    """It has not answered in time; it may be waiting for somebody else."""
 
 
 class Connection:
@@ -104,6 +111,20 @@ class Connection:
             version = await self.version()
             async with await self._send(version, method, path, params, _encoded(body), headers) as response:
                 return self.decoded(await response.read())
+
+    async def make(self, path: str, *, params: Params | None = None, body: Any = None) -> Any:
+        """`json`, by POST, of what makes something. Cancelled, it ends with the answer, within the timeout: the engine
+        goes on all the same, and who takes away what there is must find it."""
+        return await to_the_end(self.json("POST", path, params=params, body=body), name=f"POST {path}")
+
+    async def stays(self) -> None:
+        """Return when the engine takes a new connection at once. One that is being stopped does not, though it goes on
+        answering on those that it has, with failures of what it ends."""
+        fresh = Connection(self.host, name=self.name, timeout=min(self.timeout, _STAYS), tls=self._tls)
+        try:
+            await fresh.ping()
+        finally:
+            await fresh.close()
 
     async def ping(self) -> None:
         """Return when the engine answers."""
@@ -212,7 +233,7 @@ class Connection:
                 yield
         except TimeoutError:
             self._version = None
-            raise self.unavailable(f"did not answer within {seconds:g} seconds") from None
+            raise Silent(str(self.unavailable(f"did not answer within {seconds:g} seconds"))) from None
         except (aiohttp.ClientError, OSError) as error:
             self._version = None
             if sent is not None and sent.error is not None:
@@ -258,7 +279,8 @@ class Stream:
                     return await self._read()
             except TimeoutError:
                 if self._idle is not None:
-                    raise self._connection.unavailable(f"has sent nothing for {self._idle:g} seconds") from None
+                    why = self._connection.unavailable(f"has sent nothing for {self._idle:g} seconds")
+                    raise Silent(str(why)) from None
             # One that is stopped, or behind a network that is down, hangs up on nobody.
             await self._connection.ping()
 

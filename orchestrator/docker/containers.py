@@ -30,7 +30,7 @@ class Containers:
         Raises EngineRefused: 404 without the image, 409 when the name is taken.
         """
         params = {"name": name, "platform": platform}
-        made = await self._connection.json("POST", "/containers/create", params=params, body=config)
+        made = await self._connection.make("/containers/create", params=params, body=config)
         return str(made["Id"])
 
     async def start(self, container: str) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import quote
 
 from orchestrator.docker import labels as marks
-from orchestrator.docker.connection import Connection
-from orchestrator.errors import EngineRefused, ImagePullFailed, ProviderUnavailable
+from orchestrator.docker.connection import Connection, Silent
+from orchestrator.errors import EngineRefused, ImagePullFailed
 
 # What registries are asked with: `username` and `password`, or `identitytoken`.
 Auth = Mapping[str, str]
@@ -80,8 +80,10 @@ class Images:
                     if told:
                         told.take(part)
         except EngineRefused as error:
+            # It ends its pulls when it is stopped.
+            await self._connection.stays()
             raise pull_failed(image, str(error), status=error.status) from None
-        except ProviderUnavailable:
+        except Silent:
             # The engine, or the registry?
             await self._connection.ping()
             raise pull_failed(image, "it did not answer in time") from None
@@ -164,6 +166,8 @@ class _Progress:
 
 def pull_failed(image: str, message: str, *, status: int = 500) -> ImagePullFailed:
     """The error that the engine's words for a failed pull mean."""
+    if "invalid reference format" in message:
+        return ImagePullFailed("ImageNotFound", f"{image!r} is no name of an image ({message}).", status=status)
     host = registry(image)
     host = "Docker Hub" if host == _HUB else host
     # Docker Hub says of a private image, and of one that is not there, the same.
@@ -237,4 +241,7 @@ def _named(image: str) -> tuple[str, str]:
 
 
 def _path(image: str) -> str:
+    if any(part in ("", ".", "..") for part in image.split("/")):
+        # It would lead to something else of the API.
+        raise EngineRefused(400, f"invalid reference format: {image!r} is no name of an image")
     return f"/images/{quote(image, safe='/:@')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
@@ -16,33 +17,53 @@ class Networks:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._ensuring = asyncio.Lock()
 
     async def ensure(
         self, name: str, labels: Mapping[str, str] | None = None, options: Mapping[str, Any] | None = None
     ) -> str:
         """The id of the network with this name, which is made if there is none; `options` are the API's (`Driver`, …).
 
-        Raises EngineRefused, 409, when there is one that lacks one of the labels: it is not ours.
+        Engines let several who ask at once make one each, of which nothing can join any by its name: all but one are
+        removed, so that a name is worth more than the id. Raises EngineRefused, 409, when there is one that lacks one
+        of the labels: it is not ours.
         """
         wanted = dict(labels or {})
-        if (found := await self._ours(name, wanted)) is not None:
-            return found
-        body = {"Name": name, "CheckDuplicate": True, "Labels": wanted, **(options or {})}
-        try:
-            return str((await self._connection.json("POST", "/networks/create", body=body))["Id"])
-        except EngineRefused as error:
-            # Somebody was faster.
-            if error.status == 409 and (found := await self._ours(name, wanted)) is not None:
+        async with self._ensuring:
+            if (found := await self._ours(name, wanted)) is not None:
                 return found
-            raise
+            body = {"Name": name, "CheckDuplicate": True, "Labels": wanted, **(options or {})}
+            refused: EngineRefused | None = None
+            try:
+                made = str((await self._connection.make("/networks/create", body=body))["Id"])
+            except EngineRefused as error:
+                # Was somebody faster?
+                if error.status != 409:
+                    raise
+                refused = error
+            if (found := await self._ours(name, wanted)) is not None:
+                return found
+            if refused is not None:
+                raise refused
+            return made
 
     async def _ours(self, name: str, labels: Mapping[str, str]) -> str | None:
-        found = await self.inspect(name)
-        if found is None or found["Name"] != name:
-            return None
-        if not marks.matches(found["Labels"], labels):
+        found = await self._connection.json("GET", "/networks", params={"filters": {"name": [name]}})
+        same = [each for each in found if each["Name"] == name]
+        if not all(marks.matches(each["Labels"], labels) for each in same):
             raise EngineRefused(409, f"There is a network {name} already that is not ours: remove or rename it.")
-        return str(found["Id"])
+        # The same for all who look: the oldest stays, unless only another is in use.
+        for each in sorted(same, key=lambda each: (each["Created"], each["Id"]), reverse=True):
+            if len(same) > 1:
+                try:
+                    await self.remove(each["Id"])
+                    same.remove(each)
+                except EngineRefused as error:
+                    if error.status != 403:
+                        raise
+        if len(same) > 1:
+            raise EngineRefused(409, f"There are {len(same)} networks {name} in use: remove all but one by hand.")
+        return str(same[0]["Id"]) if same else None
 
     async def inspect(self, network: str) -> dict[str, Any] | None:
         """What the engine knows of it, its containers too; None: there is none."""

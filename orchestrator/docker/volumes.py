@@ -27,7 +27,7 @@ class Volumes:
         wanted = dict(labels or {})
         body = {"Name": name, "Labels": wanted, **(options or {})}
         # One that is there is returned as it is.
-        made: dict[str, Any] = await self._connection.json("POST", "/volumes/create", body=body)
+        made: dict[str, Any] = await self._connection.make("/volumes/create", body=body)
         if not marks.matches(made["Labels"], wanted):
             raise EngineRefused(409, f"There is a volume {name} already that is not ours: remove or rename it.")
         return made

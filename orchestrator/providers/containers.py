@@ -236,7 +236,7 @@ def _host_config(
 ) -> dict[str, Any]:
     config: dict[str, Any] = {
         "NetworkMode": names.network(ref),
-        "Mounts": [{"Type": "volume", "Source": names.volume(ref), "Target": WORKSPACE}],
+        "Mounts": [mount(ref, names)],
         "RestartPolicy": {"Name": "unless-stopped"},
         "CapDrop": ["ALL"],
         "CapAdd": list(chosen.get("cap_add", options.cap_add)),
@@ -254,6 +254,13 @@ def _host_config(
         config["ReadonlyRootfs"] = True
         config["Tmpfs"] = {"/tmp": f"rw,nosuid,nodev,exec,mode=1777,size={_TMP_BYTES}"}  # noqa: S108 - the container's
     return config
+
+
+def mount(ref: SessionRef, names: Names) -> dict[str, Any]:
+    """The volume, at its place. Should somebody have removed it, the one that the engine makes instead is ours, too."""
+    marks = names.of_project(ref) | names.of_session(ref)
+    volume = names.volume(ref)
+    return {"Type": "volume", "Source": volume, "Target": WORKSPACE, "VolumeOptions": {"Labels": marks}}
 
 
 def _environment(spec: SessionSpec, options: DockerOptions, service: Mapping[str, Any], port: int) -> Mapping[str, str]:

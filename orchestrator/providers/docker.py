@@ -40,11 +40,13 @@ from orchestrator.providers.contract import (
 )
 from orchestrator.providers.filling import Filling
 from orchestrator.providers.looking import Looking
+from orchestrator.providers.operations import in_thread
 from orchestrator.providers.options import DockerOptions
 from orchestrator.providers.placing import lacks_init, port_taken, put, refusal
 from orchestrator.providers.probing import unready
 from orchestrator.providers.pulling import Pulls
 from orchestrator.providers.sights import Memory, Rules, Scene, Sight, diagnose
+from orchestrator.providers.workspace import remove_tree
 
 log = structlog.get_logger("provider.docker")
 
@@ -102,7 +104,7 @@ class DockerProvider:
                 return await self._start(spec, report)
             except EngineRefused as error:
                 gone = error
-                if error.status not in (404, 409):
+                if error.status not in (404, 409) and "ambiguous" not in str(error):
                     break
                 # What was there a moment ago may be gone: somebody tidies up, or the project's last session goes.
                 log.info("starting anew", session=spec.ref.session_id, error=str(error))
@@ -122,6 +124,8 @@ class DockerProvider:
             for volume in await self._engine.volumes.list(marks):
                 await self._engine.volumes.remove(volume["Name"])
             await self._leave_network(ref)
+        # Of a clone that was killed.
+        await in_thread(lambda: remove_tree(self._clones(ref)))
         self._memories.pop(ref.session_id, None)
 
     async def inspect(self, ref: SessionRef) -> Observation:
@@ -180,7 +184,7 @@ class DockerProvider:
         if self._cores is None:
             await self.check()
         wanted = containers_of(spec, self._options, cores=self._cores or 1.0)
-        filling = Filling(self._engine, spec, self._options, self._directory / str(ref.session_id))
+        filling = Filling(self._engine, spec, self._options, self._clones(ref))
         filling.repository()
         if not self._init:
             wanted = [one.without_init() for one in wanted]
@@ -358,6 +362,9 @@ class DockerProvider:
                 raise
             # Somebody has put a container of his own into it.
             log.warning("a network is left", network=network["Name"], error=str(error))
+
+    def _clones(self, ref: SessionRef) -> Path:
+        return self._directory / str(ref.session_id)
 
     def _say(self, ref: SessionRef, line: str, service: str = "session") -> None:
         self._sink(LogLine(ref.session_id, service, "system", line))

@@ -81,8 +81,10 @@ class Filling:
             parts = _Archive(clone, uid, gid).parts()
             await self.engine.containers.put_archive(container, "/", _read_in_threads(parts))
         finally:
-            await self.engine.containers.remove(container, volumes=True)
-            await in_thread(lambda: remove_tree(self.directory))
+            try:
+                await self.engine.containers.remove(container, volumes=True)
+            finally:
+                await in_thread(lambda: remove_tree(self.directory))
 
     async def _container(self, image: str) -> str:
         """One that never runs, by which the volume is reached; one that a killed call has left goes first."""
@@ -172,18 +174,23 @@ class _Archive:
         yield self._head(f"{root}/{_MARKS}/{_COMPLETE}")
         yield bytes(2 * _BLOCK)
 
-    def _tree(self, directory: Path | str, name: str) -> Iterator[bytes]:
-        with os.scandir(directory) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        for entry in entries:
-            inner = f"{name}/{entry.name}"
-            if entry.is_symlink():
-                yield self._head(inner, type=tarfile.SYMTYPE, linkname=str(Path(entry.path).readlink()))
-            elif entry.is_dir():
-                yield self._directory(inner)
-                yield from self._tree(entry.path, inner)
-            elif entry.is_file():
-                yield from self._file(entry, inner)
+    def _tree(self, clone: Path, root: str) -> Iterator[bytes]:
+        # No recursion: a repository may be deeper than Python's stack.
+        directories = [(str(clone), root)]
+        while directories:
+            directory, name = directories.pop()
+            with os.scandir(directory) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+            for entry in entries:
+                inner = f"{name}/{entry.name}"
+                if entry.is_symlink():
+                    target = os.readlink(entry.path)  # noqa: PTH115  A Path would change how it is written.
+                    yield self._head(inner, type=tarfile.SYMTYPE, linkname=target)
+                elif entry.is_dir():
+                    yield self._directory(inner)
+                    directories.append((entry.path, inner))
+                elif entry.is_file():
+                    yield from self._file(entry, inner)
 
     def _file(self, entry: os.DirEntry[str], name: str) -> Iterator[bytes]:
         stat = entry.stat()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from orchestrator.providers.symptoms import command_failure, plain
 # In the engine's words: a port of its machine that somebody has, and an init that it does not have.
 _PORT_TAKEN = ("port is already allocated", "address already in use")
 _NO_INIT = ("docker-init", "init binary")
+# Looks at a name that is taken, by nothing that can be seen; and seconds between them.
+_TRIES, _SOON = 30, 0.1
 
 
 async def put(engine: Engine, name: str, config: Mapping[str, Any]) -> str:
@@ -20,6 +23,7 @@ async def put(engine: Engine, name: str, config: Mapping[str, Any]) -> str:
 
     Raises ProviderFailure (`NameTaken`) for somebody else's, EngineRefused, ProviderUnavailable.
     """
+    tries = 0
     while True:
         try:
             return await engine.containers.create(name, config)
@@ -28,6 +32,11 @@ async def put(engine: Engine, name: str, config: Mapping[str, Any]) -> str:
                 raise
             there = await engine.containers.inspect(name)
             if there is None:
+                # It is about to be there, or gone; or the engine is confused, which ends with its next start only.
+                tries += 1
+                if tries == _TRIES:
+                    raise
+                await asyncio.sleep(_SOON)
                 continue
             if not labels.matches(there["Config"]["Labels"], _whose(config["Labels"])):
                 raise ProviderFailure(

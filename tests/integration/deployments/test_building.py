@@ -169,6 +169,8 @@ async def test_a_failing_step_is_told_with_its_last_lines_and_without_secrets(ya
     ("dockerfile", "reason", "sentence"),
     [
         ("FROM {base}\nFROM {base}\n\nRUNN make\n", "InvalidDockerfile", "line 4: unknown instruction: RUNN"),
+        ("FROM team//web\n", "InvalidDockerfile", "invalid reference format"),
+        ("FROM {base}\nRUN false unknown instruction, returned a non-zero code: 137\n", "BuildFailed", "exit code 1"),
         ("FROM {base}\nCOPY nothing /\n", "BuildFailed", "COPY nothing / failed: COPY failed: file not found"),
         ("FROM {base}\nCOPY --from=nobody /a /b\n", "ImageNotFound|RegistryUnreachable", "nobody"),
         ("# nothing\n", "InvalidDockerfile", "no instructions"),
@@ -317,3 +319,9 @@ async def test_a_killed_engine_fails_no_build(dockerd: Daemon, tmp_path: Path) -
         await dockerd.start()
         await yard.build("FROM {base}\nRUN echo again\n")
         assert "again\n" in yard.log
+        # One that is stopped kills what it builds itself, and tells of it as of a step that has failed.
+        building = asyncio.create_task(yard.build("FROM {base}\nRUN trap exit TERM; echo onward; sleep 1000 & wait\n"))
+        await yard.hear("onward\n")
+        dockerd.terminate()
+        with pytest.raises(ProviderUnavailable, match=r"^Docker at "):
+            await building

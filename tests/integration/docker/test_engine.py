@@ -43,6 +43,34 @@ async def test_it_says_what_it_is(engine: Engine) -> None:
     assert tuple(map(int, info.api_version.split("."))) >= (1, 41)
 
 
+async def test_what_is_being_made_when_its_maker_is_cancelled_is_there_to_be_removed(
+    owned: Owned, busybox: str
+) -> None:
+    engine, name = owned.engine, f"{owned.instance}-late"
+    for making in (
+        engine.containers.create(name, config(owned, busybox, "true")),
+        engine.volumes.ensure(name, owned.labels),
+    ):
+        made: asyncio.Task[Any] = asyncio.create_task(making)
+        await asyncio.sleep(0)
+        made.cancel()
+        await asyncio.wait({made})
+        assert made.cancelled()
+    assert await engine.containers.inspect(name)
+    assert await engine.volumes.inspect(name)
+
+
+async def test_several_that_need_a_network_at_once_make_one(owned: Owned) -> None:
+    name = f"{owned.instance}-net"
+    async with Engine(owned.engine.host) as other:
+        made = [one.networks.ensure(name, owned.labels) for one in (owned.engine, other) * 2]
+        await asyncio.gather(*made)
+        assert len(await other.networks.list(owned.labels)) == 1
+        assert (
+            await owned.engine.networks.ensure(name, owned.labels) == (await other.networks.inspect(name) or {})["Id"]
+        )
+
+
 async def test_a_container_lives_and_every_step_can_be_done_twice(owned: Owned, busybox: str) -> None:
     containers = owned.engine.containers
     name = f"{owned.instance}-one"

@@ -45,6 +45,15 @@ async def test_an_image_is_pulled_with_its_progress_in_a_few_lines(owned: Owned,
         await owned.engine.images.remove(f"{owned.instance}:two")
 
 
+async def test_what_is_no_name_of_an_image_leads_to_nothing_else(owned: Owned) -> None:
+    for name in ("../containers", "a//b", "./a", "a/"):
+        with pytest.raises(EngineRefused, match="no name of an image"):
+            await owned.engine.images.inspect(name)
+    with pytest.raises(ImagePullFailed, match="no name of an image") as refused:
+        await owned.engine.images.pull("Team/web")
+    assert refused.value.reason == "ImageNotFound"
+
+
 async def test_a_registry_is_shown_credentials(
     owned: Owned, server: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,7 +158,7 @@ async def test_a_start_of_what_runs_changes_nothing_and_another_spec_keeps_the_f
 
 
 async def test_a_stop_keeps_the_files_and_a_delete_removes_what_is_ours_and_nothing_else(
-    docker: DockerProvider, engine: Engine, owned: Owned, busybox: str, heard: Heard
+    docker: DockerProvider, engine: Engine, owned: Owned, busybox: str, heard: Heard, tmp_path: Path
 ) -> None:
     one, two = (spec({"preview": shell(busybox)}, session_id=number, project=5) for number in (7, 8))
     others = await engine.containers.create("", {"Image": busybox, "Cmd": ["true"], "Labels": {"foreign": "1"}})
@@ -178,8 +178,12 @@ async def test_a_stop_keeps_the_files_and_a_delete_removes_what_is_ours_and_noth
         await docker.stop(one.ref)
         await docker.start(one, heard.report)
         assert await docker.exec(one.ref, ["touch", "/workspace/project/new"]) == (0, b"")
+        # As a clone does that is killed.
+        left = tmp_path / "data/docker-docker/7/project"
+        left.mkdir(parents=True)
         await docker.delete(one.ref)
         await docker.delete(one.ref)
+        assert not left.parent.exists()
         assert await docker.inspect(one.ref) == Observation(State.ABSENT, "Absent", "There is nothing of it here.")
         assert await engine.volumes.inspect(volume) is None
         # The project's other session is still there.
