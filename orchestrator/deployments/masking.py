@@ -16,6 +16,8 @@ MASK = "***"
 SHORTEST = 4
 # Characters of a line of a secret that has several: builders show a file line by line, with something before each.
 _SHORTEST_LINE = 8
+# Forms. More, as a file of many lines has, are not looked for one after the other: that would hold everybody up.
+_MANY = 300
 # A user without a password, or with so many characters, is a token.
 _TOKEN = 20
 
@@ -25,6 +27,12 @@ class Masker:
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._forms = sorted({form for secret in secrets for form in _forms(secret)}, key=len, reverse=True)
+        # The forms by their first characters, where there are many.
+        self._starts: dict[str, list[str]] = {}
+        if len(self._forms) > _MANY:
+            for form in self._forms:
+                self._starts.setdefault(form[:SHORTEST], []).append(form)
+        self._hints = {start[:size] for start in self._starts for size in range(1, SHORTEST)}
         # Held back: a beginning of a form. Its first `_covered` characters are of one that was masked already.
         self._held = ""
         self._covered = 0
@@ -37,7 +45,7 @@ class Masker:
     def feed(self, text: str) -> str:
         """What can be shown of the text so far, beyond what was returned before."""
         text = self._held + text
-        end = min((_begins(form, text) for form in self._forms), default=len(text))
+        end = self._begins(text)
         shown = []
         place = covered = 0
         for start, stop in self._found(text, self._covered):
@@ -70,11 +78,7 @@ class Masker:
     def _found(self, text: str, covered: int) -> Iterator[tuple[int, int]]:
         """Where the secrets are, in order; those that overlap as one."""
         places = [(0, covered)] if covered else []
-        for form in self._forms:
-            at = text.find(form)
-            while at >= 0:
-                places.append((at, at + len(form)))
-                at = text.find(form, at + 1)
+        places += self._places(text)
         if not places:
             return
         places.sort()
@@ -86,6 +90,32 @@ class Masker:
             else:
                 stop = max(stop, end)
         yield start, stop
+
+    def _places(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where each form is, in any order."""
+        if self._starts:
+            for at in range(len(text) - SHORTEST + 1):
+                for form in self._starts.get(text[at : at + SHORTEST], ()):
+                    if text.startswith(form, at):
+                        yield at, at + len(form)
+            return
+        for form in self._forms:
+            at = text.find(form)
+            while at >= 0:
+                yield at, at + len(form)
+                at = text.find(form, at + 1)
+
+    def _begins(self, text: str) -> int:
+        """Where in `text` a beginning of any form begins that more text may complete; its end, where none does."""
+        if not self._starts:
+            return min((_begins(form, text) for form in self._forms), default=len(text))
+        for at in range(max(0, len(text) - self.longest + 1), len(text)):
+            start = text[at : at + SHORTEST]
+            if start in self._hints or any(
+                len(form) > len(text) - at and form.startswith(text[at:]) for form in self._starts.get(start, ())
+            ):
+                return at
+        return len(text)
 
 
 def masked(text: str, secrets: Iterable[str]) -> str:

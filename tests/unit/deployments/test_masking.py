@@ -9,7 +9,14 @@ from urllib.parse import quote
 
 import pytest
 
+from orchestrator.deployments import masking
 from orchestrator.deployments.masking import MASK, Masker, credentials
+
+
+@pytest.fixture(autouse=True, params=[masking._MANY, 0], ids=["few", "many"])
+def _(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few forms and many are looked for in different ways, to the same end."""
+    monkeypatch.setattr(masking, "_MANY", request.param)
 
 
 def masked(secrets: list[str], *pieces: str) -> str:
