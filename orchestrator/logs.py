@@ -106,16 +106,23 @@ class LogWriter:
             self._full.set()
 
     def discard(self, session_ids: Collection[int]) -> None:
-        """Forget the lines of these sessions that are not stored: somebody else reads them again."""
-        kept = [line for line in self._waiting if line.session_id not in session_ids]
+        """Forget the output of these sessions that is not stored: somebody else reads it again. What a
+        provider says itself of a service nobody has but us."""
+
+        def stays(line: _Line) -> bool:
+            return line.session_id not in session_ids or (line.stream == "system" and line.service != "")
+
+        kept = [line for line in self._waiting if stays(line)]
         self._waiting = deque(kept)
         self._bytes = sum(len(line.line) for line in kept)
         if (batch := self._unfinished) is not None and batch.events is None:
-            batch.lines = [line for line in batch.lines if line.session_id not in session_ids]
+            batch.lines = [line for line in batch.lines if stays(line)]
 
     async def positions(self, session_id: int, service: str) -> dict[str, Position]:
         """How far the output of a service is stored, by its stream. Raises what is in `database.UNAVAILABLE`."""
-        async with self._pool.acquire() as connection:
+        async with self._pool.acquire() as connection, connection.transaction():
+            # What is being stored counts.
+            await _take_turns(connection, [session_id])
             rows = await connection.fetch(
                 """SELECT DISTINCT ON (stream) stream, at, count(*) FROM session_logs
                     WHERE session_id = $1 AND service = $2 AND stream <> 'system'
@@ -188,7 +195,7 @@ class LogWriter:
         while True:
             try:
                 if batch.events is None:
-                    batch.events = [_event(line) for line in await self._store(batch.lines)]
+                    batch.events = [_event(line) for line in await self._store(batch)]
                 if batch.events:
                     await self._event_log.publish(batch.events)
                 self.written += len(batch.events)
@@ -198,15 +205,16 @@ class LogWriter:
                 log.warning("output waits", lines=len(batch.lines), error=str(error) or type(error).__name__)
                 await asyncio.sleep(backoff(failures, cap=5.0))
 
-    async def _store(self, batch: list[_Line]) -> list[_Line]:
+    async def _store(self, batch: _Batch) -> list[_Line]:
         """Those of the lines whose sessions still exist, which are stored now."""
-        ids = {line.session_id for line in batch}
+        ids = {line.session_id for line in batch.lines}
         async with self._pool.acquire() as connection, connection.transaction():
             # Held until the commit, so that no reference breaks; one that is gone would fail the whole COPY.
             rows = await connection.fetch("SELECT id FROM sessions WHERE id = ANY ($1) FOR KEY SHARE", list(ids))
             there = {row["id"] for row in rows}
-            lines = [line for line in batch if line.session_id in there]
             await _take_turns(connection, there)
+            # From here on it is too late to discard any: who asks for positions waits.
+            lines = [line for line in batch.lines if line.session_id in there]
             await connection.copy_records_to_table(
                 "session_logs",
                 columns=_COLUMNS,

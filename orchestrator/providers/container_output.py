@@ -86,6 +86,7 @@ class Outputs:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         # Those that were started anew while they were still being read.
         self._restarted: set[str] = set()
+        self._sessions: set[int] = set()
 
     async def run(self) -> None:
         """Follow what there is, and what is started. Raises ProviderUnavailable when the engine was closed."""
@@ -104,6 +105,8 @@ class Outputs:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks)
+            # Whoever follows next reads it from where the journal ends.
+            self._journal.discard(self._sessions)
 
     async def _follow_all(self) -> None:
         try:
@@ -122,6 +125,7 @@ class Outputs:
             self._restarted.add(container)
             return
         one = _Container(container, ref.session_id, service)
+        self._sessions.add(ref.session_id)
         self._tasks[container] = asyncio.create_task(self._read_all(one), name=f"output of {container[:12]}")
 
     async def _read_all(self, one: _Container) -> None:

@@ -17,7 +17,10 @@ import pytest_asyncio
 
 from orchestrator.database import Pool
 from orchestrator.docker.engine import Engine
-from orchestrator.providers.contract import State
+from orchestrator.eventlog.memory import MemoryLog
+from orchestrator.logs import LogWriter
+from orchestrator.providers.containers import SERVICE, Names
+from orchestrator.providers.contract import LogLine, State
 from orchestrator.settings import DatabaseSettings
 from tests.docker import Owned
 from tests.integration.providers.conftest import Heard, git
@@ -152,6 +155,41 @@ async def session_id(pool: Pool) -> int:
             project["id"], project["uuid"], workspace, provider,
         )  # fmt: skip
     return number
+
+
+async def test_lines_that_are_not_stored_when_the_lead_is_lost_are_stored_once(
+    owned: Owned, busybox: str, tmp_path: Path, pool: Pool, session_id: int
+) -> None:
+    logs = LogWriter(pool, MemoryLog(), keep=1000)
+    docker = provider_of(owned, tmp_path, logs.sink)
+    ref = spec({}, session_id=session_id).ref
+    marks = {**Names(owned.instance).of_project(ref), **Names(owned.instance).of_session(ref), SERVICE: "preview"}
+    command = ["sh", "-c", "echo one; echo two; sleep 1000"]
+    container = await owned.engine.containers.create("", {"Image": busybox, "Cmd": command, "Labels": marks})
+    await owned.engine.containers.start(container)
+    logs.sink(LogLine(session_id, "session", "system", "ours"))
+    try:
+        for _ in range(2):
+            # The database is slow, and the lead goes to somebody else, who is us.
+            following = asyncio.create_task(docker.follow(logs))
+            async with asyncio.timeout(30):
+                while logs.waiting < 3:
+                    await asyncio.sleep(0.01)
+            following.cancel()
+            await asyncio.wait({following})
+            assert logs.waiting == 1
+        following = asyncio.create_task(docker.follow(logs))
+        async with asyncio.timeout(30):
+            while logs.waiting < 3:
+                await asyncio.sleep(0.01)
+        await logs.flush(30)
+        following.cancel()
+        await asyncio.wait({following})
+        async with pool.acquire() as connection:
+            rows = await connection.fetch("SELECT line FROM session_logs ORDER BY id")
+        assert [row["line"] for row in rows] == ["ours", "one", "two"]
+    finally:
+        await docker.close()
 
 
 @asynccontextmanager
