@@ -211,15 +211,14 @@ async def reinstate(connection: Connection, deployment: Deployment) -> None:
         await record.write(connection, Deployment(*row), status=Status.LIVE, reason="", message="")
 
 
-async def forget_images(connection: Connection, deployment: Deployment, there: Collection[str]) -> None:
-    """Say of the app's other deployments that their images are gone, but for those that are `there`, by id."""
+async def forget_images(connection: Connection, app_id: int, there: Collection[str]) -> None:
+    """Say of an app's retired deployments that their images are gone, but for those that are `there`, by id."""
     async with connection.transaction():
         rows = await connection.fetch(
             f"SELECT {COLUMNS} FROM deployments "  # noqa: S608  Our own column names.
-            "WHERE app_id = $1 AND id <> $2 AND finished_at IS NOT NULL AND status <> 'live' AND image IS NOT NULL "
-            "AND image_id <> ALL ($3) ORDER BY id FOR NO KEY UPDATE",
-            deployment.app_id,
-            deployment.id,
+            "WHERE app_id = $1 AND finished_at IS NOT NULL AND status <> 'live' AND image IS NOT NULL "
+            "AND image_id <> ALL ($2) ORDER BY id FOR NO KEY UPDATE",
+            app_id,
             list(there),
         )
         for row in rows:

@@ -226,7 +226,7 @@ class Pipeline:
         except (ProviderUnavailable, EngineRefused) as error:
             log.warning("images not seen", deployment=task.deployment_id, error=str(error))
         else:
-            await self._stubbornly(lambda connection: leases.forget_images(connection, self.deployment, there))
+            await self._stubbornly(lambda connection: leases.forget_images(connection, task.app_id, there))
 
     async def _step(
         self,

@@ -193,19 +193,19 @@ async def clean(engine: Engine, task: Task, settings: DeploySettings) -> None:
     await retire(engine, before, grace=_GRACE)
     for found in before:
         task.say(f"Removed the container {found['Names'][0].removeprefix('/')}.\n")
-    if removed := await prune(engine, settings, task.app_id, task.settings.keep_images, {task.deployment_id}):
+    images = await engine.images.list(labels.ours(settings, app_id=task.app_id))
+    if removed := await prune(engine, images, task.settings.keep_images, {task.deployment_id}):
         task.say(f"Removed {removed} image{'s' if removed > 1 else ''} that nobody goes back to.\n")
 
 
-async def prune(engine: Engine, settings: DeploySettings, app_id: int, keep: int, needed: set[int]) -> int:
-    """Remove the images of an app but for the newest `keep`, those that containers have, and those of the deployments
-    that are `needed`; returns how many. What has names that are not ours keeps those.
+async def prune(engine: Engine, images: Sequence[dict[str, Any]], keep: int, needed: set[int]) -> int:
+    """Remove those of an app's images (as `list` gives them) but for the newest `keep`, those that containers have, and
+    those of the deployments that are `needed`; returns how many. What has names that are not ours keeps those.
     """
-    images = await engine.images.list(labels.ours(settings, app_id=app_id))
     used = {found["ImageID"] for found in await engine.containers.list()}
     # What runs is one of those that are kept, however old.
-    images.sort(key=lambda image: (image["Id"] in used, deployment_of(image)), reverse=True)
-    rest = [image for image in images[keep:] if image["Id"] not in used and deployment_of(image) not in needed]
+    newest = sorted(images, key=lambda image: (image["Id"] in used, deployment_of(image)), reverse=True)
+    rest = [image for image in newest[keep:] if image["Id"] not in used and deployment_of(image) not in needed]
     for image in rest:
         await remove_image(engine, image)
     return len(rest)

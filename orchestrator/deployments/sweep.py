@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,7 @@ from typing import Any
 import structlog
 
 from orchestrator.database import Pool
-from orchestrator.deployments import building, gate, labels, record, release
+from orchestrator.deployments import building, gate, labels, leases, record, release
 from orchestrator.deployments.contract import Image, StepFailed, Task
 from orchestrator.deployments.release import deployment_of
 from orchestrator.deployments.secrets import Keyring
@@ -37,10 +38,11 @@ _CACHE_AGE = timedelta(days=7)
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What an app keeps at the engine. `live`: the deployment that serves."""
+    """What an app keeps at the engine. `live`: the deployment that serves. `images`: the ids of those to go back to."""
 
     keep_images: int
     live: int | None
+    images: frozenset[str]
     # Somebody works on it, or it waits to be removed.
     busy: bool
 
@@ -56,12 +58,13 @@ async def sweep(engine: Engine, pool: Pool, keys: Keyring, settings: DeploySetti
     images = await engine.images.list(labels.ours(settings))
     apps = await kept(pool)
     await _remove_leftovers(engine, containers, apps)
+    await _remove_images(engine, pool, images, apps, settings)
+    await building.prune_cache(engine, settings, older=_CACHE_AGE)
+    # This may take long, after which the rest would be of no worth.
     there = {deployment_of(found): found for found in containers}
     for app_id, app in apps.items():
         if app.live is not None and not app.busy and await _is_down(engine, there.get(app.live)):
             await _run_again(engine, pool, keys, settings, app_id, app.live)
-    await _remove_images(engine, images, apps, settings)
-    await building.prune_cache(engine, settings, older=_CACHE_AGE)
 
 
 async def kept(pool: Pool) -> dict[int, Kept]:
@@ -69,11 +72,14 @@ async def kept(pool: Pool) -> dict[int, Kept]:
     rows = await pool.fetch(
         """SELECT apps.id, (settings ->> 'keep_images')::integer AS keep_images,
                   (SELECT id FROM deployments WHERE app_id = apps.id AND status = 'live') AS live,
+                  ARRAY(SELECT image_id FROM deployments WHERE app_id = apps.id AND image_id IS NOT NULL) AS images,
                   deleting OR EXISTS (SELECT FROM deployments WHERE app_id = apps.id AND finished_at IS NULL
                                          AND status <> 'queued') AS busy
              FROM apps"""
     )
-    return {row["id"]: Kept(row["keep_images"] or 1, row["live"], row["busy"]) for row in rows}
+    return {
+        row["id"]: Kept(row["keep_images"] or 1, row["live"], frozenset(row["images"]), row["busy"]) for row in rows
+    }
 
 
 async def require_room(engine: Engine, settings: DeploySettings) -> None:
@@ -130,16 +136,22 @@ async def _run_again(
     engine: Engine, pool: Pool, keys: Keyring, settings: DeploySettings, app_id: int, deployment_id: int
 ) -> None:
     try:
+        if not await _is_left_alone(pool, app_id, deployment_id):
+            return
         task, image = await _recipe(pool, keys, deployment_id)
         log.warning("running again what does not run", container=task.container)
         container = await release.run(engine, task, image, settings)
         await release.probe(engine, task, container, settings)
-        # Another may have taken its place meanwhile.
-        now = (await kept(pool)).get(app_id)
-        if now is not None and now.live == deployment_id and not now.busy:
+        if await _is_left_alone(pool, app_id, deployment_id):
             await release.swap(engine, task, container, settings)
     except (StepFailed, EngineRefused, Invalid, SecretsUnreadable, NotFound) as error:
         log.error("cannot be run again", deployment=deployment_id, error=str(error))
+
+
+async def _is_left_alone(pool: Pool, app_id: int, deployment_id: int) -> bool:
+    """Whether it is live still, and nobody is about to put another in its place."""
+    now = (await kept(pool)).get(app_id)
+    return now is not None and now.live == deployment_id and not now.busy
 
 
 async def _recipe(pool: Pool, keys: Keyring, deployment_id: int) -> tuple[Task, Image]:
@@ -167,16 +179,24 @@ async def _recipe(pool: Pool, keys: Keyring, deployment_id: int) -> tuple[Task, 
 
 
 async def _remove_images(
-    engine: Engine, images: list[dict[str, Any]], apps: Mapping[int, Kept], settings: DeploySettings
+    engine: Engine, pool: Pool, images: list[dict[str, Any]], apps: Mapping[int, Kept], settings: DeploySettings
 ) -> None:
-    for app_id, app in apps.items():
-        if not app.busy and any(_app(image) == app_id for image in images):
-            await release.prune(engine, settings, app_id, app.keep_images, {app.live} if app.live else set())
+    """Remove images of apps that are gone, of deployments that have failed, and those beyond what an app keeps."""
     long_ago = time.time() - _UNNAMED
+    wanted: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for image in images:
+        app = apps.get(_app(image))
         unnamed = not any(name != "<none>:<none>" for name in image.get("RepoTags") or [])
-        if _app(image) not in apps or (unnamed and image["Created"] < long_ago):
+        if app is None or (image["Created"] < long_ago if unnamed else not app.busy and image["Id"] not in app.images):
             await release.remove_image(engine, image)
+        elif not app.busy:
+            wanted[_app(image)].append(image)
+    for app_id, found in wanted.items():
+        app = apps[app_id]
+        if await release.prune(engine, found, app.keep_images, {app.live} if app.live else set()):
+            there = {image["Id"] for image in await engine.images.list(labels.ours(settings, app_id=app_id))}
+            async with pool.acquire() as connection:
+                await leases.forget_images(connection, app_id, there)
 
 
 def _app(found: Mapping[str, Any]) -> int:

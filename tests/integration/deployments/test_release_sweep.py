@@ -59,6 +59,30 @@ async def test_leftovers_go_and_what_serves_stays(place: Place, site: Site) -> N
         await engine.containers.remove(foreign)
 
 
+async def test_images_of_what_failed_go_and_what_has_gone_is_known(place: Place, site: Site) -> None:
+    shop = await live(place, site, keep_images=2)
+    [serving] = await shop.containers()
+    # Its worker could not remove it.
+    await shop.image(shop.task(901))
+    app = await place.app("bank", keep_images=2)
+    retired = await place.enqueue(app)
+    bank = replace(site, app_id=retired.app_id, name="bank")
+    image = await bank.image(bank.task(retired.id))
+    columns = {"image": image.name, "image_id": image.id, "finished_at": retired.created_at}
+    await place.set(retired, status="retired", **columns)
+    await swept(place, site)
+    assert await shop.images() == [f"cluster-code-{serving.replace('-', ':')}"]
+    assert await bank.images() == [image.name]
+    newer = await place.enqueue(app)
+    second = await bank.image(bank.task(newer.id))
+    await place.set(newer, status="retired", **columns | {"image": second.name, "image_id": second.id})
+    await place.pool.execute("UPDATE apps SET settings = settings || '{\"keep_images\": 1}'")
+    await swept(place, site)
+    assert await bank.images() == [second.name]
+    rows = await place.pool.fetch("SELECT image FROM deployments WHERE app_id = $1 ORDER BY id", bank.app_id)
+    assert [row["image"] for row in rows] == [None, second.name]
+
+
 async def test_what_serves_and_is_gone_runs_again(place: Place, site: Site) -> None:
     shop = await live(place, site)
     [serving] = await shop.containers()
