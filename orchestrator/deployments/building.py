@@ -176,16 +176,6 @@ class _Build:
     async def _drive(self, builder: Builder, params: Mapping[str, Any]) -> None:
         task = self._task
         text = self._recipe.text
-        if builder == "classic":
-            # So that what it leaves behind is known as ours.
-            text, self._added = dockerfile.labelled(self._text, self._instructions, self._cached)
-        packed = context.pack(
-            self._source.directory,
-            self._recipe.dockerfile,
-            text=text,
-            ignore=self._recipe.ignore,
-            mtime=self._source.committed_at,
-        )
         marks = {
             labels.INSTANCE: self._settings.instance,
             labels.APP: str(task.app_id),
@@ -193,6 +183,17 @@ class _Build:
             labels.COMMIT: self._source.commit_id,
             labels.CACHE: "",
         }
+        if builder == "classic":
+            # So that what it leaves behind is known as ours.
+            text, self._added = dockerfile.labelled(self._text, self._instructions, self._cached, marks)
+            marks = {}
+        packed = context.pack(
+            self._source.directory,
+            self._recipe.dockerfile,
+            text=text,
+            ignore=self._recipe.ignore,
+            mtime=self._source.committed_at,
+        )
         asked = {
             "t": task.tag,
             "dockerfile": self._recipe.dockerfile,

@@ -106,18 +106,36 @@ def _note(found: dict[str, None], image: str, stages: set[str]) -> None:
         found[image] = None
 
 
-def labelled(text: str, instructions: Sequence[Instruction], labels: Mapping[str, str]) -> tuple[str, list[int]]:
-    """The Dockerfile with labels at the beginning of each stage, and the numbers of the lines added, from 1."""
-    words = " ".join(f'"{name}"="{value}"' for name, value in labels.items())
+def labelled(
+    text: str, instructions: Sequence[Instruction], each: Mapping[str, str], image: Mapping[str, str]
+) -> tuple[str, list[int]]:
+    """The Dockerfile with labels of each stage at its beginning, those of the image at the end, and the numbers of the
+    lines added, from 1. The builder makes a step of each label that it is given beside the Dockerfile."""
     ends = {one.last_line for one in instructions if one.name == "FROM"}
     marked: list[str] = []
     added: list[int] = []
     for number, line in enumerate(text.split("\n")):
         marked.append(line)
         if number in ends:
-            marked.append(f"LABEL {words}")
+            marked.append(_label(each))
             added.append(len(marked))
+    if ends:
+        _end(marked, _directives(text.split("\n")).get("escape", "\\"))
+        marked.append(_label(image))
+        added.append(len(marked))
     return "\n".join(marked), added
+
+
+def _end(lines: list[str], escape: str) -> None:
+    """Let the last instruction go on with nothing."""
+    for number in reversed(range(len(lines))):
+        if (line := lines[number].strip()) and not line.startswith("#"):
+            lines[number] = re.sub(rf"(?<!{re.escape(escape)}){re.escape(escape)}[ \t\r]*\Z", "", lines[number])
+            return
+
+
+def _label(labels: Mapping[str, str]) -> str:
+    return "LABEL " + " ".join(f'"{name}"="{value}"' for name, value in labels.items())
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:

@@ -71,11 +71,31 @@ def test_variables_without_a_value_are_empty() -> None:
     assert expand(r"$A-${B}-${C:-c}-${A-x}-\$A-${C:+n}", {"A": "a"}) == "a--c-a-$A-"
 
 
-def test_labels_come_into_each_stage_and_lines_are_counted() -> None:
+def test_labels_come_into_each_stage_and_to_the_end_and_lines_are_counted() -> None:
     text = "FROM a \\\n  AS b\nRUN c\nFROM b"
-    marked, added = labelled(text, parse(text), {"one": "1", "two": "2"})
-    assert marked == 'FROM a \\\n  AS b\nLABEL "one"="1" "two"="2"\nRUN c\nFROM b\nLABEL "one"="1" "two"="2"'
-    assert added == [3, 6]
+    marked, added = labelled(text, parse(text), {"one": "1", "two": "2"}, {"one": "3"})
+    each = 'LABEL "one"="1" "two"="2"'
+    assert marked == f'FROM a \\\n  AS b\n{each}\nRUN c\nFROM b\n{each}\nLABEL "one"="3"'
+    assert added == [3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("FROM a\nRUN b \\\n\n# c\n", "RUN b \n\n# c\n"),
+        ("FROM a\nRUN b \\ ", "RUN b "),
+        ("FROM a\nRUN b \\\\", "RUN b \\\\"),
+        ("# escape=`\nFROM a\nRUN b `", "RUN b "),
+        ("# escape=`\nFROM a\nRUN b \\", "RUN b \\"),
+    ],
+)
+def test_a_last_line_that_would_go_on_does_not_swallow_the_labels(text: str, end: str) -> None:
+    marked, _ = labelled(text, parse(text), {"x": "1"}, {"x": "2"})
+    assert marked.endswith(f'LABEL "x"="1"\n{end}\nLABEL "x"="2"')
+
+
+def test_what_has_no_stage_gets_no_label() -> None:
+    assert labelled("# nothing\n", [], {"x": "1"}, {"x": "2"}) == ("# nothing\n", [])
 
 
 def test_a_hostile_dockerfile_takes_no_time() -> None:
@@ -97,7 +117,7 @@ def test_a_hostile_dockerfile_takes_no_time() -> None:
         found = parse(text)
         only_buildkit(found)
         images(found, {})
-        labelled(text, found, {"a": "b"})
+        labelled(text, found, {"a": "b"}, {"a": "b"})
         assert time.process_time() - began < 20
 
 
