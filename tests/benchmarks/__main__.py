@@ -6,6 +6,7 @@
     connections   handshakes, memory of idle connections, the longest pause of the loop
     rabbitmq      from basic.publish to the browser
     watch         10,000 pods that change 2,000 times a second, against a loop that only reads and parses
+    deploy        from a push to a healthy app, against git, docker build and docker run by hand
     rest          REST against a bare handler
     events        from a request's answer to its first event, and recovery
     idle          the embedded process at rest
@@ -31,14 +32,14 @@ from orchestrator import log_setup
 from orchestrator.database import connect
 from orchestrator.settings import DatabaseSettings, environment
 from scripts.embedded import embedded_postgres
-from tests.benchmarks import broker, connections, events, fanout, rest, session_list, watch
+from tests.benchmarks import broker, connections, deploy, events, fanout, rest, session_list, watch
 from tests.benchmarks.report import Figure, show
 from tests.benchmarks.servers import Missing
 from tests.benchmarks.stage import cluster_code, fill, main_token, serve
 
 # What is measured on the embedded process, and all of it.
 EMBEDDED = ("rest", "events", "idle", "list")
-KINDS = ("fanout", "connections", "rabbitmq", "watch", *EMBEDDED)
+KINDS = ("fanout", "connections", "rabbitmq", "watch", "deploy", *EMBEDDED)
 
 
 async def run(kinds: set[str]) -> list[Figure]:
@@ -90,7 +91,13 @@ async def _lists(url: str) -> list[Figure]:
 
 async def _measure(kinds: set[str]) -> list[Figure]:
     figures: list[Figure] = []
-    apart = {"fanout": fanout.run, "connections": connections.run, "rabbitmq": broker.run, "watch": watch.run}
+    apart = {
+        "fanout": fanout.run,
+        "connections": connections.run,
+        "rabbitmq": broker.run,
+        "watch": watch.run,
+        "deploy": deploy.measure,
+    }
     for kind, run_all in apart.items():
         if kind in kinds:
             try:
