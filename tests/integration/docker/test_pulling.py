@@ -24,8 +24,11 @@ async def server() -> AsyncIterator[Registry]:
         yield server
 
 
-async def test_an_image_is_pulled_with_its_progress_in_a_few_lines(owned: Owned, server: Registry) -> None:
-    server.rate = 2e6
+async def test_an_image_is_pulled_with_its_progress_in_a_few_lines(
+    owned: Owned, server: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_PROGRESS", 0.2)
+    server.rate = 1e7
     large = random.Random(1).randbytes(5_000_000)
     image = server.add(f"team/{owned.instance}", "1", {"large": large}, labels=owned.labels)
     said: list[str] = []

@@ -275,7 +275,7 @@ async def test_a_crash_is_got_over_and_told_by_the_watch(docker: DockerProvider,
 async def test_a_crash_loop_fails_with_the_exit_code_and_the_last_line(
     make_docker: MakeDocker, busybox: str, heard: Heard
 ) -> None:
-    docker = make_docker(crashes=2)
+    docker = make_docker(crashes=1)
     asked = spec({"chat": shell(busybox, "echo no room at the inn >&2; exit 3")})
     told = await failure(docker.start(asked, heard.report), "CrashLoop")
     assert re.fullmatch(r"chat ended with exit code 3, \d times in a row; its last line: no room at the inn\.", told), (
@@ -289,7 +289,7 @@ async def test_a_crash_loop_fails_with_the_exit_code_and_the_last_line(
 
 
 async def test_too_little_memory_is_told_as_that(make_docker: MakeDocker, busybox: str, heard: Heard) -> None:
-    docker = make_docker(crashes=2)
+    docker = make_docker(crashes=1)
     greedy = shell(busybox, "tail /dev/zero")
     told = await failure(docker.start(spec({"preview": greedy}, memory_bytes=16 << 20), heard.report), "OOMKilled")
     assert "more memory than it may" in told
@@ -307,7 +307,7 @@ async def test_a_service_that_never_answers_is_told_with_its_last_line(
         told,
     ), told
     unwell = {"preview": shell(busybox, healthcheck=["false"])}
-    told = await failure(docker.start(spec(unwell), heard.report), "NotReady")
+    told = await failure(make_docker(ready_deadline=0.1).start(spec(unwell), heard.report), "NotReady")
     assert "health check of preview" in told
 
 
