@@ -270,7 +270,8 @@ class Worker:
             if why is _Why.CANCELLED:
                 claim.cancelling, claim.why = True, None
                 why = await self._within(claim, pipeline.cancel())
-            if why is None:
+            # It may have been written, and seen to be nobody's, before we came to hear of it.
+            if why is None or pipeline.deployment.finished:
                 self.ended[pipeline.deployment.status] += 1
                 log.info("deployment ended", deployment=deployment.id, status=pipeline.deployment.status)
                 return

@@ -37,12 +37,19 @@ class Place:
     user_id: int
     workspace_id: int
 
-    async def app(self, name: str = "shop", secrets: AppSecrets | None = None, **settings: Any) -> App:
+    async def app(
+        self,
+        name: str = "shop",
+        secrets: AppSecrets | None = None,
+        *,
+        repo_url: str = "https://git.test/shop",
+        **settings: Any,
+    ) -> App:
         """An app without deployments."""
         async with self.pool.acquire() as connection, connection.transaction():
             app, _ = await apps.create(
                 connection, KEYS, workspace_id=self.workspace_id, created_by=self.user_id, name=name,
-                repo_url="https://git.test/shop", branch=None, auto_deploy=True,
+                repo_url=repo_url, branch=None, auto_deploy=True,
                 settings=replace(AppSettings(), **settings), secrets=secrets or AppSecrets(),
             )  # fmt: skip
         return app
@@ -106,4 +113,4 @@ async def site(owned: Owned, busybox: str, monkeypatch: pytest.MonkeyPatch) -> S
     settings = DeploySettings(
         base_domain="apps.test", network=owned.instance, instance=owned.instance, probe_deadline=30.0, drain=0.1
     )
-    return Site(owned, busybox, settings)
+    return Site(owned, busybox, settings, owned.instance)

@@ -28,7 +28,8 @@ class Site:
     owned: Owned
     base: str
     settings: DeploySettings
-    name: str = "shop"
+    # Containers and images are named after it, at an engine that all tests share.
+    name: str
     app_id: int = 1
     said: list[str] = field(default_factory=list)
 
@@ -82,28 +83,34 @@ class Site:
             await release.clean(engine, task, settings)
         return container
 
-    async def containers(self) -> list[str]:
-        """The names of the app's containers."""
+    async def containers(self) -> list[int]:
+        """The deployments that the app's containers are of, by their names."""
         found = await self.owned.engine.containers.list(labels.ours(self.settings, app_id=self.app_id))
-        return sorted(one["Names"][0].removeprefix("/") for one in found)
+        return sorted(int(one["Names"][0].removeprefix(f"/{self.name}-")) for one in found)
 
-    async def images(self) -> list[str]:
-        """The names of the app's images."""
+    async def images(self) -> list[int | str]:
+        """The deployments that the app's images are of, by their names; other names that they have as they are."""
         found = await self.owned.engine.images.list(
             {marks.INSTANCE: self.settings.instance, marks.APP: str(self.app_id)}
         )
-        return sorted(name for one in found for name in one["RepoTags"] or ["<none>"])
+        own = f"cluster-code-{self.name}:"
+        names = sorted(name for one in found for name in one["RepoTags"] or ["<none>"])
+        return [int(name.removeprefix(own)) if name.startswith(own) else name for name in names]
 
-    async def runs(self, container: str, command: str) -> bool:
-        """Whether a process with just this command line is in the container."""
-        found = await self.owned.engine.json("GET", f"/containers/{container}/top")
+    async def runs(self, container: str | int, command: str) -> bool:
+        """Whether a process with just this command line is in a container."""
+        found = await self.owned.engine.json("GET", f"/containers/{self._ref(container)}/top")
         return any(process[-1] == command for process in found["Processes"])
 
-    async def inspect(self, container: str) -> dict[str, Any]:
+    async def inspect(self, container: str | int) -> dict[str, Any]:
         """What the engine knows of a container that is there."""
-        found = await self.owned.engine.containers.inspect(container)
+        found = await self.owned.engine.containers.inspect(self._ref(container))
         assert found is not None
         return found
+
+    def _ref(self, container: str | int) -> str:
+        """By its id, or the deployment that it is of."""
+        return container if isinstance(container, str) else f"{self.name}-{container}"
 
 
 async def until(condition: Any, deadline: float = DEADLINE) -> None:

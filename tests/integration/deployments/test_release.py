@@ -14,7 +14,7 @@ from orchestrator.settings import DeploySettings
 from tests.integration.deployments.releasing import SERVE, Site, until
 
 
-async def health(site: Site, container: str) -> str:
+async def health(site: Site, container: str | int) -> str:
     return str((await site.inspect(container))["State"]["Health"]["Status"])
 
 
@@ -24,7 +24,7 @@ async def test_a_container_is_confined_marked_and_given_its_settings(site: Site)
     container = await release.run(site.owned.engine, task, await site.image(task), site.settings)
     found = await site.inspect(container)
     host, config = found["HostConfig"], found["Config"]
-    assert found["Name"] == "/shop-7"
+    assert found["Name"] == f"/{site.name}-7"
     assert {"TOKEN=hush", "LEVEL=9", "A=b c", "PORT=8000"} <= set(config["Env"])
     assert "LEVEL=1" not in config["Env"]
     assert (host["NanoCpus"], host["Memory"]) == (500_000_000, 64 << 20)
@@ -35,7 +35,7 @@ async def test_a_container_is_confined_marked_and_given_its_settings(site: Site)
     assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "3"}
     assert config["Labels"][marks.INSTANCE] == site.settings.instance
     assert (config["Labels"][marks.APP], config["Labels"][marks.DEPLOYMENT]) == ("1", "7")
-    assert config["Labels"]["traefik.http.routers.shop.rule"] == "Host(`shop.apps.test`)"
+    assert config["Labels"][f"traefik.http.routers.{site.name}.rule"] == f"Host(`{site.name}.apps.test`)"
     assert config["Labels"]["traefik.docker.network"] == site.settings.network
     assert list(found["NetworkSettings"]["Networks"]) == [site.settings.network]
     network = await site.owned.engine.networks.inspect(site.settings.network)
@@ -50,12 +50,12 @@ async def test_one_deployment_follows_another_and_can_be_gone_back_to(site: Site
     assert await health(site, container) == "healthy"
     assert (await site.inspect(container))["HostConfig"]["RestartPolicy"]["Name"] == "always"
     await site.deploy(site.task(2))
-    assert await site.containers() == ["shop-2"]
+    assert await site.containers() == [2]
     await site.deploy(site.task(3, image=image.name), image)
-    assert await site.containers() == ["shop-3"]
-    assert (await site.inspect("shop-3"))["Image"] == image.id
-    assert await site.images() == ["cluster-code-shop:1", "cluster-code-shop:2"]
-    assert "http://shop.apps.test is served by the container shop-3." in site.log
+    assert await site.containers() == [3]
+    assert (await site.inspect(3))["Image"] == image.id
+    assert await site.images() == [1, 2]
+    assert f"http://{site.name}.apps.test is served by the container {site.name}-3." in site.log
 
 
 async def test_each_step_may_be_done_again(site: Site) -> None:
@@ -71,13 +71,13 @@ async def test_each_step_may_be_done_again(site: Site) -> None:
         await release.swap(engine, task, container, settings)
     for _ in range(2):
         await release.drain(engine, task, settings)
-    assert await health(site, "shop-1") == "unhealthy"
+    assert await health(site, 1) == "unhealthy"
     for _ in range(2):
         await release.clean(engine, task, settings)
     assert await health(site, container) == "healthy"
     for _ in range(2):
         await release.discard(engine, task, settings)
-    assert (await site.containers(), await site.images()) == ([], ["cluster-code-shop:1"])
+    assert (await site.containers(), await site.images()) == ([], [1])
     for _ in range(2):
         await release.remove_app(engine, 1, settings)
     assert await site.images() == []
@@ -95,7 +95,7 @@ async def test_a_leftover_that_is_not_what_is_wanted_is_replaced(site: Site) -> 
     await until(lambda: ended(site, second))
     third = await release.run(engine, changed, image, settings)
     assert third != second
-    assert await site.containers() == ["shop-1"]
+    assert await site.containers() == [1]
 
 
 async def ended(site: Site, container: str) -> bool:
@@ -106,9 +106,11 @@ async def test_what_is_foreign_is_not_touched(site: Site) -> None:
     engine = site.owned.engine
     task = site.task(1)
     image = await site.image(task)
-    foreign = await engine.containers.create("shop-1", {"Image": site.base, "Cmd": ["true"], "Labels": {}})
+    foreign = await engine.containers.create(task.container, {"Image": site.base, "Cmd": ["true"], "Labels": {}})
     try:
-        with pytest.raises(StepFailed, match="There is a container shop-1 already that is not ours") as taken:
+        with pytest.raises(
+            StepFailed, match=f"There is a container {task.container} already that is not ours"
+        ) as taken:
             await release.run(engine, task, image, site.settings)
         assert taken.value.reason == "NameTaken"
         # Those of another installation, too.
@@ -116,7 +118,7 @@ async def test_what_is_foreign_is_not_touched(site: Site) -> None:
         await release.discard(engine, task, other)
         await release.remove_app(engine, 1, other)
         await release.discard(engine, task, site.settings)
-        assert (await site.inspect("shop-1"))["Id"] == foreign
+        assert (await site.inspect(1))["Id"] == foreign
         assert await site.images() == []
     finally:
         await engine.containers.remove(foreign)
@@ -173,8 +175,8 @@ async def test_an_image_that_speaks_to_traefik_is_refused(site: Site) -> None:
 
 
 async def test_an_image_that_is_gone_is_told(site: Site) -> None:
-    with pytest.raises(StepFailed, match="The image cluster-code-shop:9 is gone") as gone:
-        await release.run(site.owned.engine, site.task(9), Image("cluster-code-shop:9", "sha256:0"), site.settings)
+    with pytest.raises(StepFailed, match=f"The image {site.task(9).tag} is gone") as gone:
+        await release.run(site.owned.engine, site.task(9), Image(site.task(9).tag, "sha256:0"), site.settings)
     assert gone.value.reason == "ImageGone"
 
 
@@ -223,25 +225,26 @@ async def test_what_serves_stays_while_the_new_one_does_not_stay_up(
     with pytest.raises(StepFailed, match="does not stay up"):
         await release.drain(engine, task, settings)
     await until(lambda: ended_or_starts(site))
-    assert await health(site, "shop-1") == "healthy"
-    assert await site.containers() == ["shop-1", "shop-2"]
+    assert await health(site, 1) == "healthy"
+    assert await site.containers() == [1, 2]
 
 
 async def ended_or_starts(site: Site) -> bool:
-    return not gate.is_open(await site.inspect("shop-2"))
+    return not gate.is_open(await site.inspect(2))
 
 
 async def test_only_the_newest_images_are_kept_and_that_which_runs(site: Site) -> None:
     for number in (1, 2, 3):
         await site.image(site.task(number))
     await site.deploy(site.task(4, keep_images=2))
-    assert await site.images() == ["cluster-code-shop:3", "cluster-code-shop:4"]
-    await site.owned.engine.images.tag("cluster-code-shop:3", "somebodys/shop:3")
+    assert await site.images() == [3, 4]
+    foreign = f"somebodys/{site.name}:3"
+    await site.owned.engine.images.tag(site.task(3).tag, foreign)
     try:
         await site.deploy(site.task(5, keep_images=1))
-        assert await site.images() == ["cluster-code-shop:5", "somebodys/shop:3"]
+        assert await site.images() == [5, foreign]
     finally:
-        await site.owned.engine.images.remove("somebodys/shop:3")
+        await site.owned.engine.images.remove(foreign)
 
 
 def test_what_is_waited_for_is_what_traefik_takes_by_default() -> None:
