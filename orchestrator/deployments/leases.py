@@ -147,20 +147,19 @@ async def hold(connection: Connection, deployment_id: int, owner: UUID) -> Deplo
     return Deployment(*row)
 
 
-async def release(connection: Connection, deployment_id: int, owner: UUID, *, after: float = 0.0) -> None:
-    """Give a claim back without a result, for another to take after so many seconds; wake whoever may.
+async def release(connection: Connection, deployment_id: int, owner: UUID) -> None:
+    """Give a claim back without a result, for another to take at once; wake whoever may.
 
     Nothing happens when it is lost already.
     """
     await connection.execute(
         """WITH released AS (
                UPDATE deployments SET lease_owner = NULL, lease_expires_at = NULL,
-                      next_attempt_at = now() + make_interval(secs => $3)
+                      next_attempt_at = now()
                 WHERE id = $1 AND lease_owner = $2 RETURNING id)
            SELECT pg_notify('deployments', '') FROM released""",
         deployment_id,
         owner,
-        after,
     )
 
 

@@ -129,6 +129,8 @@ class Pipeline:
         self._began = monotonic()
         # It comes to its end already: that it shall be cancelled is of no interest.
         self._ending = False
+        # Its last write, which gives the lease up, is under way or done.
+        self.finishing = False
 
     async def deploy(self) -> None:
         """Carry it out, or record why that cannot be. Raises LeaseLost, CancelRequested."""
@@ -166,14 +168,14 @@ class Pipeline:
             image_id=None,
         )
 
-    async def give_back(self, after: float = 0.0) -> None:
-        """Leave it to another worker, in so many seconds."""
+    async def give_back(self) -> None:
+        """Leave it to another worker."""
         try:
             async with asyncio.timeout(_FLUSH_DEADLINE):
                 if self._opened is not None:
                     await self._opened[1].flush()
                 async with self._pool.acquire() as connection:
-                    await leases.release(connection, self.deployment.id, self.owner, after=after)
+                    await leases.release(connection, self.deployment.id, self.owner)
         except UNAVAILABLE as error:
             # Then the lease runs out by itself.
             log.warning("lease not given back", deployment=self.deployment.id, error=str(error) or type(error).__name__)
@@ -302,6 +304,7 @@ class Pipeline:
         """Record the end, once all of the log is stored, and let go of it."""
         _, lines = await self._open()
         await lines.close()
+        self.finishing = True
         await self._write(
             **{"reason": "", "message": "", **changes},
             status=status,

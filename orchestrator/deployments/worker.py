@@ -66,12 +66,17 @@ class _Claim:
     owner: UUID
     until: float
     # None: it is an app's removal.
-    deployment_id: int | None = None
+    pipeline: Pipeline | None = None
     clock: asyncio.Timeout | None = None
     task: asyncio.Task[None] | None = None
     why: _Why | None = None
     # Its end was asked for, and is being brought about.
     cancelling: bool = False
+
+    @property
+    def finishing(self) -> bool:
+        """It lets go of its lease by itself."""
+        return self.pipeline is not None and self.pipeline.finishing
 
     def extend(self, until: float) -> None:
         self.until = until
@@ -183,8 +188,8 @@ class Worker:
         now = asyncio.get_running_loop().time()
         lease = self._settings.lease
         claims = list(self._claims.values())
-        held = [(claim.deployment_id, claim.owner) for claim in claims if claim.deployment_id is not None]
-        removed = [claim.owner for claim in claims if claim.deployment_id is None]
+        held = [(claim.pipeline.deployment.id, claim.owner) for claim in claims if claim.pipeline is not None]
+        removed = [claim.owner for claim in claims if claim.pipeline is None]
         renew = now >= self._renewed_at + lease / 3
         async with self._pool.acquire() as connection:
             if renew:
@@ -195,8 +200,8 @@ class Worker:
                 wanted = await leases.check(connection, held) | dict.fromkeys(removed, False)
         for claim in claims:
             if claim.owner not in wanted:
-                # Or it was done while we asked, which is no loss.
-                claim.end(_Why.LOST)
+                if not claim.finishing:
+                    claim.end(_Why.LOST)
                 continue
             if renew:
                 claim.extend(now + lease * _SAFE)
@@ -220,7 +225,7 @@ class Worker:
         for deployment in deployments:
             self.claimed += 1
             pipeline = self._pipeline(deployment)
-            claim = _Claim(pipeline.owner, until, deployment.id)
+            claim = _Claim(pipeline.owner, until, pipeline)
             self._start(claim, self._deploy(claim, pipeline), f"deployment {deployment.id}")
         for removed in removals:
             claim = _Claim(removed.owner, until)
@@ -270,8 +275,7 @@ class Worker:
             if why is _Why.CANCELLED:
                 claim.cancelling, claim.why = True, None
                 why = await self._within(claim, pipeline.cancel())
-            # It may have been written, and seen to be nobody's, before we came to hear of it.
-            if why is None or pipeline.deployment.finished:
+            if why is None:
                 self.ended[pipeline.deployment.status] += 1
                 log.info("deployment ended", deployment=deployment.id, status=pipeline.deployment.status)
                 return

@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from auth import accounts
 from orchestrator.database import Pool, open_pool
-from orchestrator.deployments import apps, queue, release
+from orchestrator.deployments import apps, queue, release, worker
 from orchestrator.deployments.apps import App
 from orchestrator.deployments.contract import AppSecrets, AppSettings
 from orchestrator.deployments.record import Deployment
@@ -89,8 +89,13 @@ async def place(pool: Pool) -> Place:
 
 
 @pytest_asyncio.fixture
-async def stage(place: Place, database_settings: DatabaseSettings, tmp_path: Path) -> Stage:
+async def stage(
+    place: Place, database_settings: DatabaseSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Stage:
     """Where workers can be, with an engine that does what a test says."""
+    # What no hint announces is seen soon.
+    monkeypatch.setattr(worker, "POLL", 0.2)
+    monkeypatch.setattr(worker, "_PATIENCE", 0.2)
     from tests.integration.deployments.staged import Stage
 
     settings = DeploySettings(directory=tmp_path / "deployments", lease=15.0, secrets_key=["k" * 42 + "A"])
