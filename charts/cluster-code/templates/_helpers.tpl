@@ -33,9 +33,9 @@ app.kubernetes.io/component: {{ last . }}
 {{- if and (kindIs "float64" .) (eq . (floor .)) }}{{ int64 . }}{{ else }}{{ . }}{{ end }}
 {{- end }}
 
-{{/* The settings of all processes, as lines of YAML. Only /tmp can be written to. */}}
+{{/* The settings of all processes, as lines of YAML. Only /tmp can be written to, and there is no Docker engine. */}}
 {{- define "cluster-code.settings" -}}
-{{- $settings := dict "HOST" "0.0.0.0" "PORT" "8080" "ORCHESTRATOR_HOST" "0.0.0.0" "ORCHESTRATOR_PORT" "8081" "LOG_FORMAT" "json" "DATA_DIR" "/tmp/data" }}
+{{- $settings := dict "HOST" "0.0.0.0" "PORT" "8080" "ORCHESTRATOR_HOST" "0.0.0.0" "ORCHESTRATOR_PORT" "8081" "LOG_FORMAT" "json" "DATA_DIR" "/tmp/data" "DEPLOY_DIR" "/tmp/deployments" "DEPLOY_CONCURRENCY" "0" }}
 {{- if .Values.ingress.enabled }}{{ $_ := set $settings "TRUSTED_PROXIES" "1" }}{{ end }}
 {{- range $name, $value := .Values.settings }}
 {{- if hasKey $.Values.secrets $name }}
