@@ -299,6 +299,9 @@ class Pipeline:
                 await self._steps.discard(task)
         except (ProviderUnavailable, EngineRefused, StepFailed, TimeoutError) as error:
             log.warning("left to the sweep", deployment=task.deployment_id, error=str(error) or type(error).__name__)
+        except Exception:
+            # What has failed must come to its end, or its app would never be deployed again.
+            log.exception("left to the sweep", deployment=task.deployment_id)
 
     async def _finish(self, status: Status, **changes: Any) -> None:
         """Record the end, once all of the log is stored, and let go of it."""

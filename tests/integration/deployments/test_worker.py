@@ -150,6 +150,7 @@ async def test_what_a_step_does_not_expect_fails_the_deployment(
     stage: Stage, error: Exception, reason: str, told: str
 ) -> None:
     stage.engine.acts["build"] = fail(error)
+    stage.engine.acts["discard"] = fail(KeyError("odd"))
     async with stage.running():
         failed = await stage.ended(await stage.place.enqueue(await stage.place.app()), "failed")
     assert (failed.reason, failed.message) == (reason, told)
