@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from pathlib import Path
 
 import pytest
@@ -59,7 +58,7 @@ def test_a_private_kubeconfig_is_gone_with_its_provider() -> None:
     private = PrivateKubeconfig("text")
     assert Path(private.path).read_text() == "text"
     # Not on a disk.
-    assert os.readlink(private.path).startswith("/memfd:")
+    assert str(Path(private.path).readlink()).startswith("/memfd:")
     private.close()
     private.close()
     assert not Path(private.path).exists()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from auth.errors import AuthError, Forbidden, NotVisible
+from auth.errors import AuthError, Forbidden
 from auth.permissions import Identity
 from gateway.realtime.authorization import Channel, UnknownChannel, decide_alone, parse_channel
 
