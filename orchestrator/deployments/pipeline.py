@@ -155,7 +155,7 @@ class Pipeline:
         self._ending = True
         task, _ = await self._open()
         task.say("Cancelled.\n")
-        await self._discard(task, _CANCEL_DEADLINE)
+        removed = await self._discard(task, _CANCEL_DEADLINE)
         steps = self.deployment.steps
         if steps and steps[-1]["status"] == "running":
             steps = record.ended(steps, "cancelled", monotonic() - self._began)
@@ -167,6 +167,9 @@ class Pipeline:
             image=None,
             image_id=None,
         )
+        if not removed:
+            # Traefik had to let go of it first. It is nobody else's, whoever holds the app now.
+            await self._discard(task, _FAIL_DEADLINE)
 
     async def give_back(self) -> None:
         """Leave it to another worker."""
@@ -292,16 +295,18 @@ class Pipeline:
         await self._discard(task, _FAIL_DEADLINE)
         await self._finish(Status.FAILED, reason=error.reason, message=str(error), image=None, image_id=None)
 
-    async def _discard(self, task: Task, deadline: float) -> None:
-        """Remove what it has made, as far as that can be done now; the sweep removes the rest."""
+    async def _discard(self, task: Task, deadline: float) -> bool:
+        """Remove what it has made, as far as that can be done now; False: the rest is the sweep's."""
         try:
             async with asyncio.timeout(deadline):
                 await self._steps.discard(task)
+            return True
         except (ProviderUnavailable, EngineRefused, StepFailed, TimeoutError) as error:
             log.warning("left to the sweep", deployment=task.deployment_id, error=str(error) or type(error).__name__)
         except Exception:
             # What has failed must come to its end, or its app would never be deployed again.
             log.exception("left to the sweep", deployment=task.deployment_id)
+        return False
 
     async def _finish(self, status: Status, **changes: Any) -> None:
         """Record the end, once all of the log is stored, and let go of it."""

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from orchestrator.database import Pool
-from orchestrator.deployments import directories, leases
+from orchestrator.deployments import directories, leases, pipeline
 from orchestrator.deployments.contract import AppSecrets, StepFailed, Task
 from orchestrator.errors import EngineRefused, ProviderUnavailable
 from tests.integration.deployments.conftest import Place
@@ -232,6 +232,22 @@ async def test_cancelling_ends_the_step_that_is_under_way_and_removes_what_it_ha
     assert stage.engine.containers == {f"shop-{first.id}"}
     assert stage.engine.images == {f"cluster-code-shop:{first.id}"}
     assert (await stage.log(second)).endswith("Cancelled.\n")
+
+
+async def test_what_takes_long_to_be_removed_is_removed_after_the_cancel_is_told(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_CANCEL_DEADLINE", 0.05)
+    go = asyncio.Event()
+    stage.engine.acts |= {"swap": wait_for(asyncio.Event()), "discard": wait_for(go)}
+    async with stage.running():
+        deployment = await stage.place.enqueue(await stage.place.app())
+        await stage.engine.begun["swap"].wait()
+        await stage.cancel(deployment)
+        await stage.ended(deployment, "cancelled")
+        assert stage.engine.containers == {f"shop-{deployment.id}"}
+        go.set()
+        await until(lambda: _is(not stage.engine.containers))
 
 
 async def test_cancelling_needs_no_engine(stage: Stage) -> None:
