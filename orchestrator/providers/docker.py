@@ -24,9 +24,7 @@ from orchestrator.docker import labels
 from orchestrator.docker.engine import Engine
 from orchestrator.errors import EngineRefused, ProviderFailure, ProviderUnavailable
 from orchestrator.machine_kinds import SERVICES
-from orchestrator.providers import sights
-from orchestrator.providers.container_output import Outputs
-from orchestrator.providers.containers import Container, Names, containers_of
+from orchestrator.providers import docker_sights
 from orchestrator.providers.contract import (
     Endpoints,
     Journal,
@@ -38,14 +36,16 @@ from orchestrator.providers.contract import (
     SessionSpec,
     State,
 )
-from orchestrator.providers.filling import Filling
-from orchestrator.providers.looking import Looking
+from orchestrator.providers.docker_containers import Container, Names, containers_of
+from orchestrator.providers.docker_filling import Filling
+from orchestrator.providers.docker_looking import Looking
+from orchestrator.providers.docker_output import Outputs
+from orchestrator.providers.docker_placing import lacks_init, port_taken, put, refusal
+from orchestrator.providers.docker_pulling import Pulls
+from orchestrator.providers.docker_sights import Memory, Rules, Scene, Sight, diagnose
 from orchestrator.providers.operations import in_thread
 from orchestrator.providers.options import DockerOptions
-from orchestrator.providers.placing import lacks_init, port_taken, put, refusal
 from orchestrator.providers.probing import unready
-from orchestrator.providers.pulling import Pulls
-from orchestrator.providers.sights import Memory, Rules, Scene, Sight, diagnose
 from orchestrator.providers.workspace import remove_tree
 
 log = structlog.get_logger("provider.docker")
@@ -169,7 +169,7 @@ class DockerProvider:
     async def _end(self, sight: Sight) -> None:
         if sight.wanted:
             # From now on neither the engine nor a start takes it for one that was only interrupted.
-            policy = {"RestartPolicy": {"Name": sights.NOT_WANTED}}
+            policy = {"RestartPolicy": {"Name": docker_sights.NOT_WANTED}}
             try:
                 await self._engine.containers.update(sight.id, policy)
             except EngineRefused as error:
@@ -278,7 +278,7 @@ class DockerProvider:
         words = ""
         for sight in await self._see(ref):
             if seen.message.startswith(f"{sight.service} "):
-                words = sights.last_words(await self._last_lines(sight))
+                words = docker_sights.last_words(await self._last_lines(sight))
         return ProviderFailure(
             "NotReady", f"The session was not ready within {seconds:g} seconds. {seen.message.rstrip('.')}{words}."
         )
@@ -292,7 +292,7 @@ class DockerProvider:
             inspected = await self._engine.containers.inspect(one["Id"])
             # One may have gone meanwhile.
             if inspected is not None:
-                sight = sights.read(inspected, url_host=self._url_host)
+                sight = docker_sights.read(inspected, url_host=self._url_host)
                 if sight.service:
                     found.append(sight)
         return found
@@ -308,18 +308,18 @@ class DockerProvider:
         before = self._memories.get(ref.session_id, {})
         memories = self._memories[ref.session_id] = {one.id: before.get(one.id, Memory()) for one in seen}
         for one in seen:
-            sights.remember(memories[one.id], one, self._rules, now)
+            docker_sights.remember(memories[one.id], one, self._rules, now)
         scene = Scene(seen, memories=memories)
         observation = diagnose(scene, self._rules, now)
         if observation.state is State.RUNNING:
             observation = diagnose(replace(scene, unready=await self._ask(scene)), self._rules, now)
-        elif whose := list(sights.crashed(scene)):
+        elif whose := list(docker_sights.crashed(scene)):
             # A second look, with the last words of what crashed.
             words = {one.id: await self._last_lines(one) for one in whose}
             observation = diagnose(replace(scene, words=words), self._rules, now)
         if observation.state is not State.RUNNING:
             return observation
-        return replace(observation, endpoints=sights.endpoints_of(seen))
+        return replace(observation, endpoints=docker_sights.endpoints_of(seen))
 
     async def _ask(self, scene: Scene) -> dict[str, str]:
         """Why services are not ready, by container. What was ready once is, until it ends."""

@@ -19,8 +19,8 @@ from orchestrator.database import Pool
 from orchestrator.docker.engine import Engine
 from orchestrator.eventlog.memory import MemoryLog
 from orchestrator.logs import LogWriter
-from orchestrator.providers.containers import SERVICE, Names
 from orchestrator.providers.contract import LogLine, State
+from orchestrator.providers.docker_containers import SERVICE, Names
 from orchestrator.settings import DatabaseSettings
 from tests.docker import Owned
 from tests.integration.providers.conftest import Heard, git
@@ -35,11 +35,11 @@ import asyncio, os, signal, sys
 from pathlib import Path
 from orchestrator.docker.connection import Connection
 from orchestrator.docker.engine import Engine
-from orchestrator.providers import filling
+from orchestrator.providers import docker_filling
 from tests.docker import Owned
 from tests.integration.providers.docker_sessions import provider_of, shell, spec
 
-left, send, read = int(sys.argv[5]), Connection._send, filling._read_in_threads
+left, send, read = int(sys.argv[5]), Connection._send, docker_filling._read_in_threads
 
 async def counted(self, version, method, *rest):
     global left
@@ -56,7 +56,7 @@ async def cut(parts):
 if left:
     Connection._send = counted
 else:
-    filling._read_in_threads = cut
+    docker_filling._read_in_threads = cut
 
 async def report(reason, message):
     pass

@@ -6,7 +6,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from orchestrator.providers.filling import _Archive
+from orchestrator.providers.docker_filling import _Archive
 from orchestrator.providers.workspace import remove_tree
 
 

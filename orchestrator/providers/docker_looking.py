@@ -12,8 +12,8 @@ import structlog
 from orchestrator.docker import events, labels
 from orchestrator.docker.engine import Engine
 from orchestrator.errors import ProviderUnavailable
-from orchestrator.providers.containers import Names, ref_of
 from orchestrator.providers.contract import Observation, SessionRef, State
+from orchestrator.providers.docker_containers import Names, ref_of
 
 log = structlog.get_logger("provider.docker")
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator.machine_kinds import SERVICES
-from orchestrator.providers import containers
+from orchestrator.providers import docker_containers
 from orchestrator.providers.contract import Endpoint, Endpoints, Observation, State
 from orchestrator.providers.symptoms import plain
 
@@ -98,13 +98,13 @@ def read(inspected: Mapping[str, Any], *, url_host: str | None) -> Sight:
     marks = config["Labels"] or {}
     health = state.get("Health") or {}
     address = _address(inspected)
-    path, port = marks.get(containers.PATH, "/"), marks.get(containers.PORT, "")
+    path, port = marks.get(docker_containers.PATH, "/"), marks.get(docker_containers.PORT, "")
     at = _reached(inspected, port, address, url_host)
     return Sight(
         id=inspected["Id"],
-        service=marks.get(containers.SERVICE, ""),
-        services=frozenset(containers.services_of(marks)),
-        made_from=marks.get(containers.MADE_FROM, ""),
+        service=marks.get(docker_containers.SERVICE, ""),
+        services=frozenset(docker_containers.services_of(marks)),
+        made_from=marks.get(docker_containers.MADE_FROM, ""),
         wanted=inspected["HostConfig"]["RestartPolicy"]["Name"] != NOT_WANTED,
         status=state["Status"],
         exit_code=state["ExitCode"],
@@ -115,7 +115,7 @@ def read(inspected: Mapping[str, Any], *, url_host: str | None) -> Sight:
         health="" if health.get("Status") in (None, "none") else health["Status"],
         health_said=_last_check(health),
         endpoint=None if at is None else Endpoint(f"http://{at}{path}", path),
-        ready_path=marks.get(containers.READY),
+        ready_path=marks.get(docker_containers.READY),
         address=address,
         published=int(bound[0]["HostPort"]) if (bound := _bindings(inspected, port)) else None,
     )

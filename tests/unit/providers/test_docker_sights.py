@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 
-from orchestrator.providers import containers
+from orchestrator.providers import docker_containers
 from orchestrator.providers.contract import Observation, State
-from orchestrator.providers.sights import Memory, Rules, Scene, Sight, diagnose, endpoints_of, moment, read, remember
+from orchestrator.providers.docker_sights import (
+    Memory,
+    Rules,
+    Scene,
+    Sight,
+    diagnose,
+    endpoints_of,
+    moment,
+    read,
+    remember,
+)
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 NEVER = "0001-01-01T00:00:00Z"
@@ -18,7 +28,12 @@ NEVER = "0001-01-01T00:00:00Z"
 
 def inspected(**state: Any) -> dict[str, Any]:
     """What Docker 20.10 says of a container that runs."""
-    marks = {containers.SERVICE: "preview", containers.ALL: "preview", containers.PORT: "3000", containers.PATH: "/app"}
+    marks = {
+        docker_containers.SERVICE: "preview",
+        docker_containers.ALL: "preview",
+        docker_containers.PORT: "3000",
+        docker_containers.PATH: "/app",
+    }
     return {
         "Id": "c0ffee",
         "RestartCount": 0,

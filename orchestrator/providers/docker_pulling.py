@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from orchestrator.docker.engine import Engine
 from orchestrator.errors import ImagePullFailed, ProviderFailure
-from orchestrator.providers.containers import Container
 from orchestrator.providers.contract import Report
+from orchestrator.providers.docker_containers import Container
 
 # What people can do.
 _MEND = {

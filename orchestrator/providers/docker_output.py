@@ -18,8 +18,8 @@ from orchestrator.database import UNAVAILABLE, backoff
 from orchestrator.docker import events, labels
 from orchestrator.docker.engine import Engine
 from orchestrator.errors import EngineRefused, ProviderUnavailable
-from orchestrator.providers.containers import SERVICE, Names, ref_of
 from orchestrator.providers.contract import Journal, LogLine, Position
+from orchestrator.providers.docker_containers import SERVICE, Names, ref_of
 
 log = structlog.get_logger("provider.docker")
 

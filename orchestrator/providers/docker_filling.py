@@ -22,11 +22,11 @@ import structlog
 from orchestrator import git
 from orchestrator.children.processes import INSTANCE, SERVICE
 from orchestrator.docker.engine import Engine
-from orchestrator.providers.containers import CLONE, WORKSPACE, Names
 from orchestrator.providers.contract import Report, SessionSpec
+from orchestrator.providers.docker_containers import CLONE, WORKSPACE, Names
+from orchestrator.providers.docker_placing import put
 from orchestrator.providers.operations import in_thread
 from orchestrator.providers.options import DockerOptions
-from orchestrator.providers.placing import put
 from orchestrator.providers.workspace import remove_tree
 
 log = structlog.get_logger("provider.docker")

@@ -8,8 +8,8 @@ from uuid import UUID
 import pytest
 
 from orchestrator.errors import ProviderFailure
-from orchestrator.providers.containers import Container, Names, containers_of, ref_of
 from orchestrator.providers.contract import Machine, SessionRef, SessionSpec
+from orchestrator.providers.docker_containers import Container, Names, containers_of, ref_of
 from orchestrator.providers.options import DockerOptions
 
 REF = SessionRef(42, str(UUID(int=1)), "session-42")
