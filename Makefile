@@ -28,15 +28,22 @@ demo: .venv/run.stamp ## Watch a session come and go on the running server (REPO
 demo-deploy: .venv/run.stamp ## Watch an app deployed from Git by the running server: it takes Docker (FRONT=URL of a Traefik of yours)
 	@exec $(BIN)/cluster-code demo-deploy $(if $(FRONT),--front '$(FRONT)')
 
+# The three parts of the tests: most, those that take long, those that must have the machine for themselves.
+MOST := -m "not late and not alone" --numprocesses=$(WORKERS) --dist=worksteal
+LATE := -m late --numprocesses=2 --dist=loadgroup
+ALONE := -m alone
+
 test: .venv/test.stamp ## Run all tests (ARGS= for pytest)
-	@# Those that measure time, or take the whole machine, run one by one when the others are done. 5: nothing was selected.
-	@$(BIN)/python -m pytest -m "not alone" --numprocesses=$(WORKERS) --dist=worksteal $(ARGS) || [ $$? = 5 ]
-	@$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? = 5 ]
+	@# 5: nothing was selected.
+	@$(BIN)/python -m pytest $(MOST) $(ARGS) || [ $$? = 5 ]
+	@$(BIN)/python -m pytest $(LATE) $(ARGS) || [ $$? = 5 ]
+	@$(BIN)/python -m pytest $(ALONE) $(ARGS) || [ $$? = 5 ]
 
 coverage: .venv/test.stamp ## Run all tests and show which branches they leave out: it takes half as long again
 	@rm -f .coverage .coverage.*
-	@$(BIN)/python -m pytest -m "not alone" --numprocesses=$(WORKERS) --dist=worksteal --cov --cov-report= $(ARGS)
-	@$(BIN)/python -m pytest -m alone --cov --cov-append --cov-report=term $(ARGS)
+	@$(BIN)/python -m pytest $(MOST) --cov --cov-report= $(ARGS)
+	@$(BIN)/python -m pytest $(LATE) --cov --cov-append --cov-report= $(ARGS)
+	@$(BIN)/python -m pytest $(ALONE) --cov --cov-append --cov-report=term $(ARGS)
 
 check: .venv/test.stamp ## Format, lint, types, layers
 	$(BIN)/ruff format --check .

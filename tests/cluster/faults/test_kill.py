@@ -72,7 +72,8 @@ async def _claimed(ground: Ground) -> list[tuple[int, str]]:
     return [tuple(row) for row in rows]
 
 
-@pytest.mark.alone
+@pytest.mark.late
+@pytest.mark.xdist_group("cluster")
 @pytest.mark.timeout(900)
 async def test_an_orchestrator_may_be_killed_at_any_moment(ground: Ground) -> None:
     seed = int(os.environ.get("KILL_SEED") or random.randrange(1 << 32))

@@ -11,7 +11,7 @@ from tests.cluster.faults.account import prove
 from tests.cluster.faults.conftest import Control
 from tests.cluster.faults.ground import Ground
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.late, pytest.mark.xdist_group("cluster"), pytest.mark.timeout(600)]
 
 
 async def outage(ground: Ground, control: Control, *, begin: str, end: str, seconds: float) -> None:

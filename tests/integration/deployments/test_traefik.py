@@ -19,7 +19,7 @@ from tests.programs import program
 from tests.traefik import Traefik
 
 # It may have to wait until Traefik is built.
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.late, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ async def test_a_session_comes_and_goes_as_containers(server: Server, engine: En
         assert await things.list({labels.PROJECT: project}) == []
 
 
-@pytest.mark.alone
+@pytest.mark.late
 @pytest.mark.timeout(1500)
 async def test_a_session_comes_and_goes_by_devpod(idle: Server, tmp_path: Path) -> None:
     (tmp_path / "devpod").symlink_to(program("devpod"))
@@ -46,7 +46,7 @@ async def test_a_session_comes_and_goes_by_devpod(idle: Server, tmp_path: Path) 
     assert output.rstrip().endswith("All of it happened.")
 
 
-@pytest.mark.alone
+@pytest.mark.late
 @pytest.mark.timeout(1500)
 async def test_an_app_is_deployed_broken_mended_rolled_back_and_removed(server: Server) -> None:
     code, output, errors = await run(server, "demo-deploy", deadline=310, TRAEFIK_BIN=program("traefik"))

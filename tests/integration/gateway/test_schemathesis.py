@@ -52,7 +52,7 @@ DEADLINE = 900.0
 
 
 # Not that it measures time: beside others it takes so long that all wait for it in the end.
-@pytest.mark.alone
+@pytest.mark.late
 @pytest.mark.random
 @pytest.mark.timeout(DEADLINE + 60)
 async def test_whatever_the_document_allows_is_answered_as_it_says(

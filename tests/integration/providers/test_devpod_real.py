@@ -27,7 +27,7 @@ from tests.programs import program
 
 # A build of DevPod that is under way is waited for, and each of its commands takes a second of a busy core.
 # It may have to wait until DevPod is built.
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.late, pytest.mark.timeout(1500)]
 
 USER, PASSWORD = "ada", "s3cret-passw0rd"
 SERVICES = {

@@ -129,7 +129,7 @@ async def make_site(place: Place, server: GitServer, name: str, base: str) -> Si
     return Site(place, app, server.repository(name), base)
 
 
-@pytest.mark.alone
+@pytest.mark.late
 @pytest.mark.random
 @pytest.mark.timeout(300)
 async def test_workers_killed_at_any_moment_lose_double_and_leave_nothing(
