@@ -197,6 +197,7 @@ class Git:
             os.close(stdout)
             pipe.close()
             raise
+        process = None
         try:
             try:
                 process = await spawn(
@@ -208,6 +209,9 @@ class Git:
             return await process.wait()
         finally:
             await end(Selection(self.markers), grace=0)
+            if process is not None:
+                # It has ended: this is so that the loop knows it, too, before anybody closes that.
+                await process.wait()
             await drain(pipe, timeout=1)
 
     def _settings(self, more: Mapping[str, str]) -> Iterator[str]:

@@ -115,6 +115,8 @@ class DevPod:
                 grace = 0.0
             finally:
                 await finish(end(Selection(markers), grace=grace), name=f"end of devpod {arguments[0]}")
+                # It has ended: this is so that the loop knows it, too, before anybody closes that.
+                await process.wait()
             # All who could write have ended.
             await drain(*pipes, timeout=5)
         finally:

@@ -59,7 +59,7 @@ service() {
 """
 _FOLLOW = r"""
 cd "$d" || exit 1
-while sleep 60; do
+while sleep 60 && kill -0 $$ 2>/dev/null; do
   for f in *.log; do [ "$(wc -c <"$f")" -lt "$most" ] || : >"$f"; done
 done </dev/null >/dev/null 2>&1 &
 exec tail -v -n "$backlog" -F "$@"
