@@ -29,7 +29,7 @@ _ANSWER = 5.0
 _CONNECT = 2.0
 _FIRST, _LONGEST = 0.05, 1.0
 # Seconds that the last output of a container gets to arrive.
-_LAST_WORDS = 2.0
+_LAST_WORDS = 5.0
 # Lines among which one that is not blank is looked for, and characters of it that are looked at.
 _LAST_LINES = 10
 _LONGEST_LINE = 4096

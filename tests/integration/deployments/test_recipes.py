@@ -96,7 +96,7 @@ async def test_a_static_site_is_served_by_nobody(yard: Yard) -> None:
     container = await yard.start(image)
     code, said = await yard.engine.containers.exec(
         container,
-        ["sh", "-c", f"{ANSWER}; wget -SqO- $at/x.svg 2>&1; wget -qO- $at/.env; ls -A /site; id -u"],
+        ["sh", "-c", f"{ANSWER}; wget -SqO- $at/x.svg 2>&1; echo; wget -qO- $at/.env; echo; ls -A /site; id -u"],
     )  # fmt: skip
     text = said.decode()
     assert code == 0, text
