@@ -56,7 +56,7 @@ async def test_an_app_is_deployed_broken_mended_rolled_back_and_removed(server: 
         "failed",
         "The database cannot be found.",
         "Version 2 of",
-        "rolling back",
+        "retired",
         "app.deleted",
     ):
         assert step in output
